@@ -1,0 +1,31 @@
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test lint bench clean
+
+# torch first, by its pinned version: an unpinned torch pulls gigabytes of CUDA packages.
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: .venv/.installed  ## Eight different pictures of one prompt beside the stock pipeline's eight.
+	$(BIN)/variegate generate "an animal" -o variegate-out
+
+test: .venv/.installed lint  ## Everything continuous integration runs.
+	$(BIN)/python -m pytest
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/.installed  ## Speed, measured side by side on this machine.
+	$(BIN)/python benchmarks/gram_flow.py
+	$(BIN)/python benchmarks/overhead.py
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

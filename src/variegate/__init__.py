@@ -1,0 +1,1 @@
+"""Rich diversity for diffusion transformers."""
