@@ -1,1 +1,51 @@
-"""Rich diversity for diffusion transformers."""
+"""Rich diversity for diffusion transformers.
+
+Two lines around a stock diffusers pipeline:
+
+    from variegate import ContextualRepulsion, attach
+
+    with attach(pipe, ContextualRepulsion()):
+        images = pipe("a mythical creature", num_images_per_prompt=8).images
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from variegate.architectures import Architecture as Architecture
+    from variegate.architectures import Blocks as Blocks
+    from variegate.architectures import Element as Element
+    from variegate.architectures import Span as Span
+    from variegate.architectures import register_architecture as register_architecture
+    from variegate.attachment import Attachment as Attachment
+    from variegate.attachment import attach as attach
+    from variegate.gallery import Gallery as Gallery
+    from variegate.generation import generate as generate
+    from variegate.intervention import Intervention as Intervention
+    from variegate.interventions import ContextualRepulsion as ContextualRepulsion
+    from variegate.request import Request as Request
+
+__version__ = "0.1.0"
+
+# Loaded on first use: `variegate --help` must not wait for torch.
+_EXPORTS = {
+    "Architecture": "variegate.architectures",
+    "Attachment": "variegate.attachment",
+    "attach": "variegate.attachment",
+    "Blocks": "variegate.architectures",
+    "ContextualRepulsion": "variegate.interventions",
+    "Element": "variegate.architectures",
+    "Gallery": "variegate.gallery",
+    "Intervention": "variegate.intervention",
+    "Request": "variegate.request",
+    "Span": "variegate.architectures",
+    "generate": "variegate.generation",
+    "register_architecture": "variegate.architectures",
+}
+__all__ = list(_EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,5 @@
+"""`python -m variegate` is `variegate`."""
+
+from variegate.cli import main
+
+main()

@@ -1,0 +1,211 @@
+"""The command line: options in, a `Request` to the engine, a table and files out."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from typer.core import TyperCommand
+
+from variegate import __version__
+
+if TYPE_CHECKING:
+    from variegate.gallery import Gallery
+
+app = typer.Typer(
+    help="Ask a text-to-image model for eight pictures and get eight different ones.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+class _Documented(TyperCommand):
+    """Shows, as defaults of options that are passed on only if given, those of the classes that get them."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Look the defaults up; importing the classes takes too long for anything but help."""
+        from variegate.request import METHODS, Request
+
+        classes: list[Any] = [Request, *filter(None, METHODS.values())]
+        defaults = {option.name: option.default for cls in classes for option in dataclasses.fields(cls)}
+        for parameter in self.params:
+            if parameter.default is None and isinstance(defaults.get(str(parameter.name)), str | int | float):
+                parameter.default = defaults[str(parameter.name)]
+        super().format_help(ctx, formatter)
+
+
+def _place(text: str) -> int | float | None:
+    """A step count such as 4, or a fraction of the steps such as 0.2."""
+    try:
+        return int(text) if text.isdigit() else float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is neither a step count nor a fraction of the steps.") from None
+
+
+OUTPUT = Path("variegate-out")
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures; made if needed.")]
+
+
+@app.callback(invoke_without_command=True)
+def _variegate(
+    version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(f"variegate {__version__}")
+        raise typer.Exit
+
+
+@app.command(cls=_Documented)
+def generate(
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", show_default=False)],
+    n: Annotated[int | None, typer.Option("-n", help="Pictures per prompt.")] = None,
+    model: Annotated[str | None, typer.Option(help="Bundled model, pipeline folder or hub id.")] = None,
+    method: Annotated[str | None, typer.Option(help="Diversity method, or none.")] = None,
+    strength: Annotated[float | None, typer.Option(help="How hard pictures are pushed apart; 0 is off.")] = None,
+    start: Annotated[Any, typer.Option(parser=_place, metavar="STEP", help="First step to push in: 4, or 0.2.")] = None,
+    stop: Annotated[Any, typer.Option(parser=_place, metavar="STEP", help="End of the pushing: 4, or 0.2.")] = None,
+    blocks: Annotated[
+        str | None, typer.Option(help="Where to push: all, first, middle, last (third), 0,2,5 or 3:6.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the first picture; the next has the next.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default="the model's")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale.", show_default="the model's")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What the pictures should not show.")] = None,
+    height: Annotated[int | None, typer.Option(help="In pixels.", show_default="the model's")] = None,
+    width: Annotated[int | None, typer.Option(help="In pixels.", show_default="the model's")] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare/--no-compare", help="Also make the stock pipeline's pictures.")
+    ] = True,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
+    offload: Annotated[
+        str | None, typer.Option(help="Weights to keep off the accelerator: none, model or sequential.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    output: Output = OUTPUT,
+) -> None:
+    """Make n different pictures of each prompt, beside the stock pipeline's."""
+    options = {
+        "n": n, "model": model, "method": method, "seed": seed, "steps": steps, "guidance": guidance,
+        "negative_prompt": negative_prompt, "height": height, "width": width, "compare": compare,
+        "dtype": dtype, "device": device, "offload": offload, "revision": revision,
+    }  # fmt: skip
+    parameters = _given({"strength": strength, "start": start, "stop": stop, "blocks": blocks})
+    with _plain_errors():
+        from variegate.gallery import check_writable
+        from variegate.request import Request
+
+        request = Request(tuple(prompts), parameters=parameters, **_given(options))
+        check_writable(output)
+        with _progress(f"loading {request.model}") as report:
+            from variegate.generation import generate as run
+
+            gallery = run(request, progress=report)
+        files = gallery.save(output)
+    _print_table(gallery)
+    Console(soft_wrap=True).print(
+        f"{len(files) - 2} pictures, sheet.png and run.json are in {escape(str(output))}", highlight=False
+    )
+
+
+@app.command()
+def replay(
+    image: Annotated[Path, typer.Argument(help="A PNG that variegate made.", show_default=False)],
+    model: Annotated[str | None, typer.Option(help="Where its model is now.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.", show_default="as it was made")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the picture and its group.")] = None,
+) -> None:
+    """Make a picture again, with its whole group, and say whether it is identical (exit code 1 if not)."""
+    with _plain_errors():
+        if output is not None:
+            from variegate.gallery import check_writable
+
+            check_writable(output)
+        with _progress("loading") as report:
+            from variegate.generation import replay as run
+
+            again = run(image, model=model, device=device, progress=report)
+        if output is not None:
+            again.gallery.save(output)
+    if again.difference == 0:
+        typer.echo(f"{image.name} is identical.")
+    else:
+        changed = ", ".join(f"{name} {then} -> {now}" for name, (then, now) in again.versions.items())
+        typer.echo(
+            f"{image.name} is not identical: pixels differ by up to {again.difference} of 255; "
+            + (f"these versions differ: {changed}." if changed else "all library versions are the same.")
+        )
+    if output is not None:
+        typer.echo(f"The group is in {output}")
+    raise typer.Exit(int(again.difference > 0))
+
+
+@app.command()
+def models() -> None:
+    """List the bundled models."""
+    from variegate.emoji.models import bundled_models
+
+    for name in bundled_models():
+        typer.echo(name)
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Bad input ends in one sentence and exit code 2; of warnings, only ours are shown, one line each."""
+
+    def show(message: Warning | str, *details: Any, **more: Any) -> None:
+        typer.echo(f"Warning: {message}", err=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("always", category=UserWarning, module=r"variegate\.")
+        warnings.showwarning = show
+        try:
+            yield
+        except (ValueError, OSError, MemoryError) as error:
+            typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(2) from error
+
+
+@contextmanager
+def _progress(task: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar over denoising steps, waiting while the model is loading; nothing where there is no terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        place = bar.add_task(escape(task), total=None)
+
+        def report(done: int, total: int) -> None:
+            bar.update(place, description="denoising", completed=done, total=total)
+
+        yield report
+
+
+def _print_table(gallery: Gallery) -> None:
+    table = Table("prompt", "pictures", "Vendi", "mean distance")
+    for group in gallery.groups:
+        for row in group.rows:
+            name = "stock pipeline" if row.method == "none" else row.method
+            numbers = ["-" if value is None else f"{value:.3f}" for value in (row.vendi, row.distance)]
+            table.add_row(escape(group.prompt) if row is group.rows[0] else "", name, *numbers)
+    Console().print(table)

@@ -1,0 +1,1 @@
+"""The bundled emoji models and the judge of their pictures."""

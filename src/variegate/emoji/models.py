@@ -1,0 +1,206 @@
+"""The bundled checkpoints, and the loader of every pipeline: bundled, from a folder or from the hub."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+OFFLOADS = ("none", "model", "sequential")
+
+# What a bundled model was made for: arguments of its pipeline's call.
+_CALL_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    # Its T5 says nothing, in as many tokens as it is asked for: one is enough.
+    "emoji-base": {"num_inference_steps": 20, "guidance_scale": 4.0, "max_sequence_length": 1},
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A pipeline on disk.
+
+    Attributes:
+        name: bundled name, hub id, or name of the folder.
+        folder: where it is.
+        revision: commit on the hub; None for other checkpoints.
+    """
+
+    name: str
+    folder: Path
+    revision: str | None = None
+
+
+def bundled_models() -> dict[str, Path]:
+    """Name and folder of every checkpoint in the package.
+
+    Example:
+        >>> sorted(bundled_models())
+        ['emoji-base']
+    """
+    folder = Path(str(resources.files(__package__)))
+    return {index.parent.name: index.parent for index in sorted(folder.glob("*/model_index.json"))}
+
+
+def call_defaults(name: str) -> dict[str, Any]:
+    """Arguments that a bundled model's pipeline is to be called with; none for other models.
+
+    Example:
+        >>> call_defaults("emoji-base")["guidance_scale"]
+        4.0
+    """
+    return dict(_CALL_DEFAULTS.get(name, {}))
+
+
+def locate(model: str | Path, revision: str | None = None) -> Checkpoint:
+    """Find a checkpoint; one on the hub is downloaded, safetensors only, unless it is in the cache.
+
+    Args:
+        model: name of a bundled model, folder with a `model_index.json`, or hub id "owner/name".
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        ValueError: if there is no such model, or `revision` is given for one that is not on the hub.
+    """
+    name, folder, bundled = str(model), Path(model), bundled_models()
+    on_disk = bundled.get(name) or (folder if folder.is_dir() else None)
+    if on_disk is not None:
+        if revision is not None:
+            raise ValueError(f"revision={revision!r}: only models on the hub have revisions; leave it out for {name}.")
+        if not (on_disk / "model_index.json").is_file():
+            raise ValueError(f"model={name!r} is a folder without model_index.json, so not a diffusers pipeline.")
+        return Checkpoint(on_disk.resolve().name, on_disk)
+    choices = f"a bundled model ({', '.join(bundled)}), a folder"
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ValueError(f"model={name!r} is unknown; use {choices}, or a hub id such as owner/name.")
+    from diffusers import DiffusionPipeline
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        snapshot = Path(DiffusionPipeline.download(name, revision=revision, use_safetensors=True))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise ValueError(
+            f"model={name!r} is neither {choices}, nor to be had from the hub: {_first_line(error)}"
+        ) from error
+    return Checkpoint(name, snapshot, snapshot.name)
+
+
+def pick_device(device: str) -> str:
+    """The device that a name of `DEVICES` means here; "auto" is the accelerator if there is one.
+
+    Raises:
+        ValueError: if there is no such device.
+    """
+    import torch
+
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        return next(name for name, present in available.items() if present)
+    if not available.get(device):
+        present = ", ".join(name for name in available if available[name])
+        raise ValueError(f"device={device!r} is not available; use auto or one of: {present}.")
+    return device
+
+
+def pick_dtype(dtype: str, device: str) -> str:
+    """The dtype that a name of `DTYPES` means: "auto" is float32 on the CPU, bfloat16 on an accelerator."""
+    import torch
+
+    if dtype != "auto":
+        return dtype
+    if device == "cuda" and not torch.cuda.is_bf16_supported():
+        return "float16"
+    return "float32" if device == "cpu" else "bfloat16"
+
+
+def load_pipeline(
+    model: str | Path = "emoji-base",
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    offload: str = "none",
+    revision: str | None = None,
+) -> Any:
+    """Load a diffusers text-to-image pipeline, without progress bars and library chatter.
+
+    Weights are read from safetensors only, and no code of a checkpoint is run.
+
+    Args:
+        model: see `locate`.
+        dtype: of `DTYPES`; see `pick_dtype`.
+        device: of `DEVICES`; see `pick_device`.
+        offload: "none"; "model" keeps only the model at work on the accelerator, "sequential" (slow) only its
+            layer at work.
+        revision: see `locate`.
+
+    Returns:
+        The pipeline, of the class its checkpoint names.
+
+    Raises:
+        ValueError: if there is no such model or device, the checkpoint can't be loaded, or there is no
+            accelerator to offload from.
+
+    Example:
+        >>> type(load_pipeline("emoji-base")).__name__
+        'StableDiffusion3Pipeline'
+    """
+    import torch
+
+    for name, value, known in (("dtype", dtype, DTYPES), ("offload", offload, OFFLOADS)):
+        if value not in known:
+            raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(known)}.")
+    place = pick_device(device)
+    if offload != "none" and place == "cpu":
+        raise ValueError(
+            f"offload={offload!r} moves weights off an accelerator, and there is none; use offload='none'."
+        )
+    folder = locate(model, revision).folder
+    with quiet(), warnings.catch_warnings():
+        # New diffusers call it `dtype`, and old ones know only `torch_dtype`.
+        warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+        from diffusers import DiffusionPipeline
+
+        try:
+            pipe = DiffusionPipeline.from_pretrained(
+                folder, torch_dtype=getattr(torch, pick_dtype(dtype, place)), use_safetensors=True
+            )
+        except (OSError, ValueError, AttributeError, ImportError) as error:
+            raise ValueError(f"model={str(model)!r} can't be loaded: {_first_line(error)}") from error
+        pipe.set_progress_bar_config(disable=True)
+        if offload == "model":
+            pipe.enable_model_cpu_offload(device=place)
+        elif offload == "sequential":
+            pipe.enable_sequential_cpu_offload(device=place)
+        else:
+            pipe.to(place)
+    return pipe
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Errors only, and no progress bars, from diffusers and transformers."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    loggers = (diffusers.utils.logging, transformers.utils.logging)
+    before = [(logger.get_verbosity(), logger.is_progress_bar_enabled()) for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.set_verbosity_error()
+            logger.disable_progress_bar()
+        yield
+    finally:
+        for logger, (verbosity, bar) in zip(loggers, before, strict=True):
+            logger.set_verbosity(verbosity)
+            if bar:
+                logger.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,277 @@
+"""The engine under every face of the package: a request in, a gallery out, a stock pipeline in between."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from variegate.emoji.models import call_defaults, load_pipeline, locate, pick_device, pick_dtype, quiet
+from variegate.gallery import Gallery, Group, Row, read_recipe
+from variegate.request import Request, to_text
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from variegate.intervention import Intervention
+    from variegate.metrics import Extractor
+
+LIBRARIES = ("variegate", "torch", "diffusers", "transformers")
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A picture made again.
+
+    Attributes:
+        gallery: its whole group.
+        index: its place in the group.
+        difference: largest difference between a value of the old picture and the new one, of 0 to 255.
+        versions: library to its versions (then, now), where they are not the same.
+    """
+
+    gallery: Gallery
+    index: int
+    difference: int
+    versions: Mapping[str, tuple[str, str]]
+
+
+def generate(request: Request, *, pipeline: Any | None = None, progress: Progress | None = None) -> Gallery:
+    """Make the pictures of a request.
+
+    Each prompt is one call of the stock pipeline, or, to compare, two with the same seeds: one as it is, one
+    with the method attached.
+
+    Args:
+        request: what to make.
+        pipeline: use this one, in place of loading `request.model`, which should then be its name.
+        progress: called after each denoising step with the steps done and those of the whole request.
+
+    Raises:
+        ValueError: if the model can't be loaded, does not take what the request asks for or has no contextual
+            space, or if pictures come out with values that are not finite.
+        MemoryError: if the accelerator's memory does not suffice.
+
+    Example:
+        >>> gallery = generate(Request(("an animal",), n=4, steps=8))
+        >>> [len(row.images) for row in gallery.groups[0].rows]
+        [4, 4]
+    """
+    if request.n == 1 and request.method != "none":
+        warnings.warn(
+            "n=1: a single picture has nothing to be different from, so it is the stock pipeline's.",
+            stacklevel=2,
+        )
+        request = dataclasses.replace(request, method="none", parameters={})
+    if pipeline is None:
+        place = pick_device(request.device)
+        checkpoint = locate(request.model, request.revision)
+        request = dataclasses.replace(
+            request,
+            model=checkpoint.name,
+            revision=checkpoint.revision,
+            device=place,
+            dtype=pick_dtype(request.dtype, place),
+        )
+        pipeline = load_pipeline(checkpoint.folder, dtype=request.dtype, device=request.device, offload=request.offload)
+    else:
+        request = dataclasses.replace(request, dtype=str(pipeline.dtype).removeprefix("torch."))
+    run = _Run(request, pipeline, progress)
+    return Gallery(tuple(run.group(prompt) for prompt in request.prompts), run.settings)
+
+
+def replay(
+    path: str | Path,
+    *,
+    model: str | None = None,
+    device: str | None = None,
+    pipeline: Any | None = None,
+    progress: Progress | None = None,
+) -> Replay:
+    """Make a picture again from its file alone, with the group it belongs to, and compare.
+
+    Args:
+        path: PNG of a saved gallery.
+        model: where its model is now; None: where it was. A picture from a local folder knows only its name.
+        device: in place of the one it was made on.
+        pipeline: as in `generate`.
+        progress: as in `generate`.
+
+    Raises:
+        ValueError: if the file has no recipe, or the recipe can't be followed.
+    """
+    import numpy as np
+    from PIL import Image
+
+    recipe = read_recipe(path)
+    names = {option.name for option in dataclasses.fields(Request)}
+    settings = {key: value for key, value in recipe.items() if key in names}
+    if model is not None:
+        settings |= {"model": model, "revision": None}
+    if device is not None:
+        settings["device"] = device
+    try:
+        request = Request(prompts=(recipe["prompt"],), compare=False, **settings)
+        index = range(request.n)[recipe["index"]]
+    except (TypeError, IndexError) as error:
+        raise ValueError(f"{path} has a recipe that can't be followed: {error}.") from error
+    gallery = generate(request, pipeline=pipeline, progress=progress)
+    (row,) = gallery.groups[0].rows
+    with Image.open(path) as image:
+        old, new = (np.asarray(picture.convert("RGB"), int) for picture in (image, row.images[index]))
+    difference = int(abs(old - new).max()) if old.shape == new.shape else 255
+    then, now = recipe.get("versions", {}), _versions()
+    changed = {name: (then.get(name, "?"), now[name]) for name in now if then.get(name) != now[name]}
+    return Replay(gallery, index, difference, changed)
+
+
+class _Run:
+    """A request on its pipeline: what its calls have in common, and how far it is."""
+
+    def __init__(self, request: Request, pipeline: Any, progress: Progress | None) -> None:
+        known = inspect.signature(type(pipeline).__call__).parameters
+        asked = {
+            "num_images_per_prompt": request.n,
+            "num_inference_steps": request.steps,
+            "guidance_scale": request.guidance,
+            "negative_prompt": request.negative_prompt,
+            "height": request.height,
+            "width": request.width,
+        }
+        given = {name: value for name, value in asked.items() if value is not None}
+        for name in given:
+            if name not in known:
+                raise ValueError(f"{type(pipeline).__name__} takes no {name}, which the request asks for.")
+        self.arguments = {**call_defaults(request.model), **given}
+        values = {name: parameter.default for name, parameter in known.items()} | self.arguments
+        self.steps = values["num_inference_steps"]
+        self.has_callback = "callback_on_step_end" in known
+        self.text_length = values.get("max_sequence_length")
+        self.request, self.pipeline, self.progress = request, pipeline, progress
+        self.intervention = request.intervention
+        self.extract: Extractor | None = None
+        if self.intervention is not None:
+            _attach(pipeline, self.intervention).remove()  # refuses before anything is made
+        rows = (request.compare or self.intervention is None) + (self.intervention is not None)
+        self.total, self.done = len(request.prompts) * rows * self.steps, 0
+        kept = (
+            "n",
+            "seed",
+            "model",
+            "revision",
+            "negative_prompt",
+            "height",
+            "width",
+            "dtype",
+            "device",
+            "offload",
+        )
+        self.settings = {name: getattr(request, name) for name in kept} | {
+            "steps": self.steps,
+            "guidance": values.get("guidance_scale"),
+            "versions": _versions(),
+        }
+
+    def group(self, prompt: str) -> Group:
+        """The pictures of one prompt."""
+        if cut := _cut(self.pipeline, prompt, self.text_length):
+            warnings.warn(f"The prompt {prompt!r} is too long: {'; '.join(cut)}.", stacklevel=3)
+        compare = self.request.compare or self.intervention is None
+        return Group(
+            prompt,
+            self._row(prompt, None) if compare else None,
+            self._row(prompt, self.intervention) if self.intervention else None,
+        )
+
+    def _row(self, prompt: str, intervention: Intervention | None) -> Row:
+        with nullcontext() if intervention is None else _attach(self.pipeline, intervention):
+            images = self._images(prompt)
+        vendi = distance = None
+        if len(images) > 1:
+            from variegate.metrics import efficientnet_lite0, mean_pairwise_distance, vendi_score
+
+            self.extract = self.extract or efficientnet_lite0()
+            features = self.extract(images)
+            vendi, distance = (round(measure(features).item(), 4) for measure in (vendi_score, mean_pairwise_distance))
+        parameters = {
+            option.name: to_text(getattr(intervention, option.name))
+            for option in (dataclasses.fields(intervention) if intervention else ())
+        }
+        return Row(self.request.method if intervention else "none", parameters, images, vendi, distance)
+
+    def _images(self, prompt: str) -> tuple[Image, ...]:
+        import numpy as np
+        import torch
+        from PIL import Image
+
+        request, before = self.request, self.done
+
+        def step_end(pipe: Any, index: int, timestep: Any, tensors: Any) -> dict[str, Any]:
+            self._report(before + min(index + 1, self.steps))
+            return {}
+
+        callback = {"callback_on_step_end": step_end} if self.has_callback else {}
+        try:
+            with quiet():
+                result = self.pipeline(
+                    prompt=prompt,
+                    generator=[torch.Generator("cpu").manual_seed(request.seed + i) for i in range(request.n)],
+                    output_type="np",
+                    **self.arguments,
+                    **callback,
+                )
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(
+                f"n={request.n} pictures at once do not fit the memory of the {request.device} device; "
+                "use a smaller n, height or width, or offload='model'."
+            ) from error
+        self._report(before + self.steps)
+        pixels = np.asarray(result.images)
+        if not np.isfinite(pixels).all():
+            raise ValueError(
+                f"dtype={request.dtype!r} made pictures of {prompt!r} with values that are not finite; "
+                "nothing is kept; use dtype='float32' or 'bfloat16', or a lower strength."
+            )
+        return tuple(Image.fromarray(image) for image in (pixels * 255).round().astype("uint8"))
+
+    def _report(self, done: int) -> None:
+        self.done = done
+        if self.progress is not None:
+            self.progress(done, self.total)
+
+
+def _attach(pipeline: Any, intervention: Intervention) -> Any:
+    from variegate.attachment import attach
+
+    return attach(pipeline, intervention)
+
+
+def _cut(pipeline: Any, prompt: str, text_length: int | None) -> list[str]:
+    """What each kind of tokenizer of the pipeline leaves out of the prompt."""
+    found: dict[str, None] = {}
+    for name, tokenizer in pipeline.components.items():
+        if not name.startswith("tokenizer") or tokenizer is None:
+            continue
+        # max_sequence_length is for the encoders of sequences; CLIP has its own, fixed one.
+        is_clip = type(tokenizer).__name__.startswith("CLIP")
+        limit = min(tokenizer.model_max_length, math.inf if is_clip or not text_length else text_length)
+        with quiet():
+            ids = tokenizer(prompt, add_special_tokens=False).input_ids
+        rest = ids[int(min(limit, 2**31)) - tokenizer.num_special_tokens_to_add() :]
+        if rest:
+            found[f"{type(tokenizer).__name__} takes {limit} tokens and leaves out {tokenizer.decode(rest)!r}"] = None
+    return list(found)
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {library: version(library) for library in LIBRARIES}

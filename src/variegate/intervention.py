@@ -1,0 +1,141 @@
+"""What every diversity method declares: where it acts, in which steps and blocks, and one pure edit."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+from torch import Tensor
+
+Site = Literal["context", "attention", "image"]
+SITES: tuple[str, ...] = get_args(Site)
+THIRDS = ("first", "middle", "last")
+
+
+class SampleSet(NamedTuple):
+    """Rows of a batch that are samples of one prompt in one guidance branch ("cond" or "uncond")."""
+
+    branch: str
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """The denoising step that a denoiser call belongs to, and which of its rows belong together.
+
+    Attributes:
+        index: place of the step in its run, from 0.
+        total: steps of the run; None where only a bare denoiser is known, whose run has no announced length.
+        sets: the sample sets of the call; together they hold every row once.
+    """
+
+    index: int
+    total: int | None
+    sets: tuple[SampleSet, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Intervention(ABC):
+    """A method's hyper-parameters and its one edit; state of a run belongs to the `Attachment`.
+
+    Attributes:
+        start: first step of the window: an integer counts steps, a float in [0, 1] is a fraction of them.
+        stop: end of the window, exclusive, in the same units; None is the end of the run.
+        blocks: "all", the "first", "middle" or "last" third, a slice, or indices, over the denoiser's joint
+            blocks in order (on Flux the dual-stream blocks, then the single-stream ones).
+        site: "context" (text tokens that leave a block), "attention" (text output of a block's attention,
+            before the gated residual), or "image" (image tokens that leave a block).
+        branch: "both" guidance branches, each among its own samples, or only "cond" or "uncond".
+
+    Raises:
+        ValueError: if the window or the site is not of these forms.
+    """
+
+    start: int | float = 0
+    stop: int | float | None = None
+    blocks: str | slice | Sequence[int] = "all"
+    site: Site = "context"
+    branch: Literal["both", "cond", "uncond"] = "both"
+
+    def __post_init__(self) -> None:
+        if self.site not in SITES:
+            raise ValueError(f"site={self.site!r} is unknown; use one of {', '.join(SITES)}.")
+        if self.branch not in ("both", "cond", "uncond"):
+            raise ValueError(f"branch={self.branch!r} is unknown; use 'both', 'cond' or 'uncond'.")
+        for name in ("start", "stop"):
+            value = getattr(self, name)
+            if value is None and name == "stop":
+                continue
+            fits = (isinstance(value, int) and value >= 0) or (isinstance(value, float) and 0 <= value <= 1)
+            if isinstance(value, bool) or not fits:
+                raise ValueError(
+                    f"{name}={value!r} is no place in a run; use a step count (an integer from 0) "
+                    "or a fraction of the steps (a float from 0.0 to 1.0)."
+                )
+        if isinstance(self.blocks, str) and self.blocks not in ("all", *THIRDS):
+            raise ValueError(
+                f"blocks={self.blocks!r} is unknown; use 'all', 'first', 'middle', 'last', a slice or indices."
+            )
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the edit can change anything at all; an attachment skips interventions that can't."""
+        return True
+
+    @abstractmethod
+    def edit(self, tokens: Tensor) -> Tensor:
+        """Map the samples of each set to new ones.
+
+        Args:
+            tokens: `[S, B, N, D]`: S sets that must not influence each other, of B samples, N tokens, D channels.
+
+        Returns:
+            The same shape and dtype.
+        """
+
+    def active(self, step: Step) -> bool:
+        """Whether the window holds this step.
+
+        Raises:
+            ValueError: if the window is given in fractions and the length of the run is unknown.
+        """
+        return self._boundary("start", step) <= step.index < self._boundary("stop", step)
+
+    def _boundary(self, name: str, step: Step) -> float:
+        value: int | float | None = getattr(self, name)
+        if value is None:
+            return math.inf
+        if isinstance(value, int):
+            return value
+        if step.total is None:
+            raise ValueError(
+                f"{name}={value!r} is a fraction of a run whose length is unknown: attach to the pipeline instead of "
+                "its denoiser, or count steps with an integer."
+            )
+        # Fractions such as 0.3 are not exact: 0.3 * 10 must still be step 3.
+        return math.ceil(value * step.total - 1e-9)
+
+    def select(self, count: int) -> frozenset[int]:
+        """Indices of the chosen blocks among `count`.
+
+        Raises:
+            ValueError: if an index is out of range, or the choice is empty.
+        """
+        every = range(count)
+        if isinstance(self.blocks, str):
+            third = [round(count * i / 3) for i in range(4)]
+            place = THIRDS.index(self.blocks) if self.blocks != "all" else None
+            chosen = every if place is None else every[third[place] : third[place + 1]]
+        elif isinstance(self.blocks, slice):
+            chosen = every[self.blocks]
+        else:
+            outside = [i for i in self.blocks if not -count <= i < count]
+            if outside:
+                raise ValueError(f"blocks={self.blocks!r}: the denoiser has {count} joint blocks, 0 to {count - 1}.")
+            return frozenset(every[i] for i in self.blocks)
+        if not len(chosen):
+            raise ValueError(f"blocks={self.blocks!r} selects none of the denoiser's {count} joint blocks.")
+        return frozenset(chosen)

@@ -1,0 +1,151 @@
+"""Image features for the measures: extractors are callables from images to unit vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib import resources
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, normalize, pad
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Extractor = Callable[["Sequence[Image] | Tensor"], Tensor]
+
+SIZE = 128
+WEIGHTS = "efficientnet_lite0.safetensors"
+# Expansion, kernel, stride of the first block, output channels, number of blocks.
+STAGES = (
+    (1, 3, 1, 16, 1), (6, 3, 2, 24, 2), (6, 5, 2, 40, 2), (6, 3, 2, 80, 3),
+    (6, 5, 1, 112, 3), (6, 5, 2, 192, 4), (6, 3, 1, 320, 1),
+)  # fmt: skip
+
+
+class Convolution(nn.Conv2d):
+    """A convolution padded as the weights were trained: at stride 2 the odd row and column lie at the end."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> None:
+        super().__init__(inputs, outputs, kernel, stride, padding=(kernel - stride) // 2, groups=groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[N, inputs, H, W]` to `[N, outputs, H / stride, W / stride]`."""
+        return super().forward(pad(x, (0, 1, 0, 1)) if self.stride == (2, 2) else x)
+
+
+class Block(nn.Module):
+    """Widen, filter each channel, narrow; add the input where the shapes agree."""
+
+    def __init__(self, inputs: int, outputs: int, expansion: int, kernel: int, stride: int) -> None:
+        super().__init__()
+        hidden = inputs * expansion
+        widen = [] if expansion == 1 else [Convolution(inputs, hidden), nn.ReLU6(inplace=True)]
+        self.layers = nn.Sequential(
+            *widen,
+            Convolution(hidden, hidden, kernel, stride, groups=hidden),
+            nn.ReLU6(inplace=True),
+            Convolution(hidden, outputs),
+        )
+        self.residual = stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[N, inputs, H, W]` to `[N, outputs, H / stride, W / stride]`."""
+        y: Tensor = self.layers(x)
+        return x + y if self.residual else y
+
+
+class EfficientNetLite0(nn.Module):
+    """The image network EfficientNet-Lite0 up to its pooled features, for inference.
+
+    Reference:
+        Tan & Le, arXiv:1905.11946, table 1; the Lite variant has no squeeze-and-excitation, and ReLU6 for
+        swish. *Deviation*: batch normalisation is folded into the convolutions, and there is no classifier.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(Convolution(3, 32, kernel=3, stride=2), nn.ReLU6(inplace=True))
+        self.blocks = nn.Sequential()
+        channels = 32
+        for expansion, kernel, stride, outputs, count in STAGES:
+            for index in range(count):
+                self.blocks.append(Block(channels, outputs, expansion, kernel, stride if index == 0 else 1))
+                channels = outputs
+        self.head = nn.Sequential(Convolution(channels, 1280), nn.ReLU6(inplace=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images to features.
+
+        Args:
+            x: `[N, 3, H, W]`, RGB in [-127/128, 1]; H and W are multiples of 32.
+
+        Returns:
+            `[N, 1280]`, in [0, 6].
+        """
+        y: Tensor = self.head(self.blocks(self.stem(x)))
+        return y.mean(dim=(2, 3))
+
+
+def efficientnet_lite0(*, device: str | torch.device = "cpu", batch_size: int = 64) -> Extractor:
+    """Extractor of ImageNet features, small enough to be part of the package.
+
+    The network is EfficientNet-Lite0 with weights trained on ImageNet; the features are its last layer,
+    averaged over places. Images are resized to 128 x 128 (bilinear, antialiased, whatever their aspect
+    ratio), and 8-bit values v become (v - 127) / 128, as in its training.
+
+    Args:
+        device: where the network runs and the features stay.
+        batch_size: images in one pass of the network.
+
+    Returns:
+        A function of images, a sequence of PIL images of any sizes or a float tensor `[N, 3, H, W]` in
+        [-1, 1], to features `[N, 1280]`, float32, each row of length 1. It raises ValueError for no images,
+        and for a tensor of another shape or of integers.
+
+    Example:
+        >>> from PIL import Image
+        >>> extract = efficientnet_lite0()
+        >>> red, green = extract([Image.new("RGB", (64, 64), colour) for colour in ("red", "green")])
+        >>> red.shape, bool(red @ green < 0.9)
+        (torch.Size([1280]), True)
+    """
+    from safetensors.torch import load
+
+    weights = load(resources.files(__package__).joinpath(WEIGHTS).read_bytes())
+    # On the meta device nothing is initialised, so that the global random state stays as it was.
+    with torch.device("meta"):
+        network = EfficientNetLite0()
+    network.load_state_dict({name: w.to(device, torch.float32) for name, w in weights.items()}, assign=True)
+
+    @torch.no_grad()
+    def extract(images: Sequence[Image] | Tensor) -> Tensor:
+        if len(images) == 0:
+            raise ValueError("images is empty; pass at least one image.")
+        features = []
+        for start in range(0, len(images), batch_size):
+            x = _pixels(images[start : start + batch_size]).to(device)
+            features.append(normalize(network((127.5 * x + 0.5) / 128), dim=-1))
+        return torch.cat(features)
+
+    return extract
+
+
+def _pixels(images: Sequence[Image] | Tensor) -> Tensor:
+    """Images as float32 `[N, 3, SIZE, SIZE]` in [-1, 1]."""
+    if isinstance(images, Tensor):
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            raise ValueError(
+                f"images is a tensor of shape {tuple(images.shape)} and {images.dtype}; "
+                "use a float tensor [N, 3, H, W] in [-1, 1], or PIL images."
+            )
+        return _resize(images.float())
+    import numpy as np
+
+    arrays = [torch.from_numpy(np.array(image.convert("RGB"))) for image in images]
+    return torch.cat([_resize(array.permute(2, 0, 1)[None] / 127.5 - 1) for array in arrays])
+
+
+def _resize(x: Tensor) -> Tensor:
+    return interpolate(x, size=(SIZE, SIZE), mode="bilinear", antialias=True)

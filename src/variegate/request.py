@@ -1,0 +1,126 @@
+"""What to make: validated before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from variegate.emoji.models import DEVICES, DTYPES, OFFLOADS
+from variegate.interventions import ContextualRepulsion
+
+if TYPE_CHECKING:
+    from variegate.intervention import Intervention
+
+METHODS: Mapping[str, type[Intervention] | None] = {
+    "contextual-repulsion": ContextualRepulsion,
+    "none": None,
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """A group of n pictures for each prompt; picture i of every group has seed `seed + i`.
+
+    Attributes:
+        prompts: the prompts, all different.
+        n: pictures per prompt, from 1.
+        model: name of a bundled model, folder of a pipeline, or hub id.
+        method: diversity method, one of `METHODS`; "none" is the stock pipeline.
+        parameters: keyword arguments of the method; places such as `blocks` also as text, "0,2" or "3:6".
+        seed: of the first picture, from 0.
+        steps: denoising steps; None: the model's default.
+        guidance: guidance scale; None: the model's default.
+        dtype: "auto", "float32", "bfloat16" or "float16".
+        device: "auto", "cpu", "cuda" or "mps".
+        offload: "none", "model" or "sequential": what leaves the accelerator while it is idle.
+        compare: also make the stock pipeline's pictures, from the same seeds.
+        revision: branch, tag or commit of a hub model.
+        negative_prompt: what the pictures should not show, for pipelines that take it.
+        height: pixels; None: the pipeline's default.
+        width: pixels; None: the pipeline's default.
+
+    Raises:
+        ValueError: if a value is out of its range or unknown.
+
+    Example:
+        >>> Request(("a mythical creature",), n=4, parameters={"strength": 0.8}).intervention.strength
+        0.8
+    """
+
+    prompts: tuple[str, ...]
+    n: int = 8
+    model: str = "emoji-base"
+    method: str = "contextual-repulsion"
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    steps: int | None = None
+    guidance: float | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    offload: str = "none"
+    compare: bool = True
+    revision: str | None = None
+    negative_prompt: str | None = None
+    height: int | None = None
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.prompts, str) or not self.prompts:
+            raise ValueError(f"prompts={self.prompts!r} is no sequence of prompts; use one such as ('an animal',).")
+        for place, prompt in enumerate(self.prompts):
+            if not prompt.strip() or prompt in self.prompts[:place]:
+                flaw = "given twice" if prompt.strip() else "blank"
+                raise ValueError(f"prompts[{place}]={prompt!r} is {flaw}; every prompt needs words of its own.")
+        choices = {"method": tuple(METHODS), "dtype": DTYPES, "device": DEVICES, "offload": OFFLOADS}
+        for name, choice in choices.items():
+            value = getattr(self, name)
+            if value not in choice:
+                raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(choice)}.")
+        for name, low in (("n", 1), ("seed", 0), ("steps", 1), ("guidance", 0), ("height", 1), ("width", 1)):
+            value = getattr(self, name)
+            if value is not None and not low <= value < 2**62:
+                raise ValueError(f"{name}={value!r} is out of range; use a number from {low} upwards.")
+        cls = METHODS[self.method]
+        known = [option.name for option in dataclasses.fields(cls)] if cls else []
+        for name in self.parameters:
+            if name not in known:
+                advice = f"use one of {', '.join(known)}" if known else "leave it out"
+                raise ValueError(f"{name} is no parameter of method {self.method!r}; {advice}.")
+        _ = self.intervention  # refuses bad values of parameters
+
+    @property
+    def intervention(self) -> Intervention | None:
+        """The method with its parameters; None for "none".
+
+        Raises:
+            ValueError: if a parameter is out of its range.
+        """
+        cls = METHODS[self.method]
+        if cls is None:
+            return None
+        places = {name: from_text(self.parameters[name]) for name in ("blocks", "tokens") if name in self.parameters}
+        return cls(**{**self.parameters, **places})
+
+
+def from_text(place: Any) -> Any:
+    """The slice of a text such as 3:6 or the indices of one such as 0,2; anything else as it is."""
+    if isinstance(place, str):
+        try:
+            if ":" in place:
+                return slice(*(int(part) if part.strip() else None for part in place.split(":")))
+            return tuple(int(part) for part in place.split(","))
+        except (ValueError, TypeError):
+            return place
+    return place
+
+
+def to_text(place: Any) -> Any:
+    """A slice as "3:6" and indices as "0,2"; anything else as it is."""
+    if isinstance(place, slice):
+        parts = [place.start, place.stop] if place.step is None else [place.start, place.stop, place.step]
+        return ":".join("" if part is None else str(part) for part in parts)
+    if isinstance(place, Sequence) and not isinstance(place, str):
+        return ",".join(map(str, place))
+    return place

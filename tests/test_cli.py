@@ -1,0 +1,216 @@
+"""The command line: files and a table for good input, one sentence and exit code 2 for bad."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from transformers import CLIPTextModel
+from typer.testing import CliRunner
+
+from tiny import tiny_sd3
+from variegate import ContextualRepulsion, Request, __version__
+from variegate.cli import app
+
+SMALL = ["-n", "2", "--steps", "2"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_sd3().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def output(model, tmp_path_factory):
+    """A gallery made from the command line."""
+    folder = tmp_path_factory.mktemp("made") / "out"
+    result = run("generate", "a cat", "--model", model, "--strength", "2", "--stop", "1", *SMALL, "-o", folder)
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_generate_prints_a_table_and_where_the_files_are(model, tmp_path):
+    result = run("generate", "a cat", "a [red] bird", "--model", model, *SMALL, "-o", tmp_path / "out")
+    assert (result.exit_code, result.stderr) == (0, "")
+    lines = result.stdout.strip().splitlines()
+    assert lines[-1] == f"8 pictures, sheet.png and run.json are in {tmp_path / 'out'}"
+    assert sum("stock pipeline" in line for line in lines) == 2
+    assert sum("contextual-repulsion" in line for line in lines) == 2
+    assert any("a [red] bird" in line for line in lines)
+    assert len(re.findall(r"\b[12]\.\d{3}\b", result.stdout)) == 4
+    assert len(list((tmp_path / "out").iterdir())) == 10
+
+
+def test_the_same_command_gives_the_same_bytes(model, output, tmp_path):
+    run("generate", "a cat", "--model", model, "--strength", "2", "--stop", "1", *SMALL, "-o", tmp_path)
+    files = sorted(file.name for file in output.iterdir())
+    assert files == sorted(file.name for file in tmp_path.iterdir())
+    for file in files:
+        assert (output / file).read_bytes() == (tmp_path / file).read_bytes(), file
+
+
+def test_replay_of_an_untouched_picture(model, output, tmp_path):
+    result = run("replay", output / "a-cat-01.png", "--model", model, "-o", tmp_path / "again")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("a-cat-01.png is identical.")
+    assert Image.open(output / "a-cat-00.png").tobytes() == Image.open(tmp_path / "again" / "a-cat-00.png").tobytes()
+
+
+def test_replay_of_a_changed_picture(model, output, tmp_path):
+    with Image.open(output / "a-cat-01.png") as image:
+        changed = np.array(image)
+        changed[0, 0, 0] ^= 1
+        info = PngInfo()
+        info.add_text("variegate", image.info["variegate"])
+    Image.fromarray(changed).save(tmp_path / "changed.png", pnginfo=info)
+    result = run("replay", tmp_path / "changed.png", "--model", model)
+    assert result.exit_code == 1
+    assert "changed.png is not identical: pixels differ by up to 1 of 255; all library" in result.stdout
+
+
+BAD = [
+    (["--model", "no-such-model"], "model='no-such-model' is unknown; use a bundled model"),
+    (["--model", "nobody/no-such-model"], "model='nobody/no-such-model' is neither a bundled model"),
+    (["--model", "."], "model='.' is a folder without model_index.json"),
+    (["--method", "magic"], "method='magic' is unknown; use one of contextual-repulsion, none."),
+    (["--method", "none", "--strength", "1"], "strength is no parameter of method 'none'; leave it out."),
+    (["--dtype", "int8"], "dtype='int8' is unknown; use one of auto, float32, bfloat16, float16."),
+    (["--device", "tpu"], "device='tpu' is unknown; use one of auto, cpu, cuda, mps."),
+    (["--offload", "model", "--device", "cpu"], "offload='model' moves weights off an accelerator"),
+    (["--revision", "main"], "only models on the hub have revisions"),
+    (["--strength", "nan"], "strength=nan is out of range"),
+    (["--strength", "-1"], "strength=-1.0 is out of range"),
+    (["--stop", "1.5"], "stop=1.5 is no place in a run"),
+    (["--stop", "soon"], "'soon' is neither a step count nor a fraction of the steps"),
+    (["--blocks", "upper"], "blocks='upper' is unknown"),
+    (["--blocks", "7"], "blocks=(7,): the denoiser has 4 joint blocks"),
+    (["--height", "15"], "`height` and `width` have to be divisible"),
+    (["-n", "0"], "n=0 is out of range; use a number from 1 upwards."),
+    (["--steps", "0"], "steps=0 is out of range"),
+    (["--seed", "-1"], "seed=-1 is out of range"),
+]
+
+
+@pytest.mark.parametrize(("options", "sentence"), BAD, ids=[" ".join(options) for options, _ in BAD])
+def test_bad_input_is_one_sentence_and_exit_code_2(model, tmp_path, monkeypatch, options, sentence):
+    monkeypatch.chdir(tmp_path)
+    result = run("generate", "a cat", "--model", model, *options, "-o", tmp_path / "out")
+    assert result.exit_code == 2
+    assert sentence in " ".join(re.sub("[│╭╮╰╯─]", "", result.stderr).split())
+    assert result.stdout == ""
+    if "soon" not in options:  # typer's own complaint has a frame around it
+        assert result.stderr.startswith("Error: ")
+        assert result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unwritable_folder_is_refused_before_anything_is_loaded(tmp_path):
+    (tmp_path / "file").touch()
+    result = run("generate", "a cat", "--model", "no-such-model", "-o", tmp_path / "file" / "out")
+    assert result.exit_code == 2
+    assert "can't be written to" in result.stderr
+
+
+def test_pictures_without_a_recipe(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
+    (tmp_path / "text.png").write_text("no picture")
+    for name, sentence in (
+        ("plain.png", "has no variegate recipe in its metadata"),
+        ("text.png", "can't be read as a picture: unknown format."),
+        ("missing.png", "can't be read as a picture: No such file or directory."),
+    ):
+        result = run("replay", tmp_path / name)
+        assert result.exit_code == 2
+        assert sentence in result.stderr
+
+
+def test_a_pipeline_without_contextual_space(tmp_path):
+    parts = tiny_sd3().components
+    width = parts["text_encoder"].config.hidden_size
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 8), layers_per_block=1, cross_attention_dim=width,
+        norm_num_groups=4, attention_head_dim=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+    StableDiffusionPipeline(
+        vae=parts["vae"], unet=unet, tokenizer=parts["tokenizer"],
+        text_encoder=CLIPTextModel(parts["text_encoder"].config), safety_checker=None, feature_extractor=None,
+        scheduler=EulerDiscreteScheduler(steps_offset=1), requires_safety_checker=False,
+    ).save_pretrained(tmp_path / "unet")  # fmt: skip
+    command = ["generate", "a cat", "--model", tmp_path / "unet", *SMALL, "-o", tmp_path / "out"]
+    result = run(*command)
+    assert result.exit_code == 2
+    assert "UNet2DConditionModel has no contextual space" in result.stderr
+    assert not (tmp_path / "out").exists()
+    result = run(*command, "--method", "none")
+    assert (result.exit_code, result.stderr) == (0, "")
+
+
+def test_warnings_are_one_line_each(model, tmp_path):
+    result = run(
+        "generate",
+        "a cat and a dog and some red birds",
+        "--model",
+        model,
+        "-n",
+        1,
+        "--steps",
+        1,
+        "-o",
+        tmp_path,
+    )
+    assert result.exit_code == 0, result.output
+    single, long = result.stderr.splitlines()
+    assert single.startswith("Warning: n=1: a single picture")
+    assert long.startswith("Warning: The prompt 'a cat and a dog and some red birds' is too long")
+    assert len(list(tmp_path.glob("*.png"))) == 2
+
+
+def test_help_shows_the_defaults_of_the_classes():
+    text = " ".join(re.sub("[│╭╮╰╯─]", "", run("generate", "--help").stdout).split())
+    fields = {field.name: field.default for cls in (Request, ContextualRepulsion) for field in dataclasses.fields(cls)}
+    for option in (
+        "-n",
+        "--model",
+        "--method",
+        "--strength",
+        "--start",
+        "--stop",
+        "--blocks",
+        "--seed",
+        "--dtype",
+    ):
+        described = text.split(f" {option} ")[1]
+        default = re.search(r"\[default: (.*?)\]", described)[1]
+        assert default == str(fields[option.strip("-")])
+    assert "[default: (the model's)]" in text.split("--steps")[1]
+
+
+def test_a_fresh_process_answers_without_loading_torch():
+    command = [sys.executable, "-X", "importtime", "-m", "variegate", "--version"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == f"variegate {__version__}"
+    assert "variegate.cli" in result.stderr
+    assert not re.search(r"\| +(torch|diffusers|transformers)$", result.stderr, re.MULTILINE)
+
+
+def test_models_lists_what_is_bundled():
+    assert run("models").stdout.split() == ["emoji-base"]

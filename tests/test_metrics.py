@@ -1,0 +1,190 @@
+"""Measures against plain loops, and the network against values of a foreign implementation."""
+
+import importlib
+import math
+import subprocess
+import sys
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from variegate.metrics import efficientnet_lite0, kid, mean_pairwise_distance, vendi_score
+
+ROOT = Path(__file__).parents[1]
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def cosine(a, b):
+    return float(a.double() @ b.double() / (a.double().norm() * b.double().norm()))
+
+
+@pytest.fixture(scope="module")
+def extract():
+    return efficientnet_lite0()
+
+
+@pytest.mark.parametrize("order", [0.1, 0.5, 1, 1.5, 2, 40, 2000, math.inf])
+def test_vendi_is_the_exponential_of_the_renyi_entropy(order):
+    rows = noise(5, 7)
+    gram = torch.tensor([[cosine(a, b) for b in rows] for a in rows], dtype=torch.float64)
+    spectrum = torch.linalg.svdvals(gram / 5).tolist()
+    if order == 1:
+        expected = math.exp(-sum(p * math.log(p) for p in spectrum))
+    elif order > 100:
+        expected = 1 / max(spectrum)
+    else:
+        expected = sum(p**order for p in spectrum) ** (1 / (1 - order))
+    assert vendi_score(rows, order=order).item() == pytest.approx(expected, rel=2e-3 if order == 2000 else 1e-9)
+
+
+@pytest.mark.parametrize("order", [0.1, 1, 2, math.inf])
+def test_vendi_counts_distinct_rows_at_every_order(order):
+    equal, apart = noise(1, 9).expand(8, 9), torch.eye(8)
+    assert vendi_score(equal, order=order).item() == pytest.approx(1, rel=1e-9)
+    assert vendi_score(apart, order=order).item() == pytest.approx(8, rel=1e-9)
+    pairs = torch.eye(8)[[0, 0, 1, 1, 2, 2, 3, 3]] * torch.arange(1, 9)[:, None]
+    assert vendi_score(pairs, order=order).item() == pytest.approx(4, rel=1e-9)
+
+
+def test_mean_pairwise_distance_is_over_distinct_pairs():
+    rows = noise(6, 4)
+    distances = [1 - cosine(a, b) for a, b in combinations(rows, 2)]
+    assert mean_pairwise_distance(rows).item() == pytest.approx(sum(distances) / 15, rel=1e-9)
+
+
+@pytest.mark.parametrize("measure", [vendi_score, mean_pairwise_distance])
+def test_measures_of_many_sets_are_those_of_each(measure):
+    sets = noise(2, 3, 4, 5).half()
+    result = measure(sets)
+    assert result.shape == (2, 3)
+    assert result.dtype == torch.float64
+    assert result[1, 2].item() == pytest.approx(measure(sets[1, 2]).item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("order", [0, -1, math.nan])
+def test_an_order_must_be_positive(order):
+    with pytest.raises(ValueError, match="order="):
+        vendi_score(torch.eye(3), order=order)
+
+
+@pytest.mark.parametrize(("measure", "least"), [(vendi_score, 1), (mean_pairwise_distance, 2)])
+def test_measures_need_rows_with_a_direction(measure, least):
+    with pytest.raises(ValueError, match=f"N at least {least}"):
+        measure(torch.ones(least - 1, 3))
+    for value in (0.0, math.nan, math.inf):
+        rows = torch.eye(3)
+        rows[1, 1] = value
+        with pytest.raises(ValueError, match="row that is zero or not finite"):
+            measure(rows)
+
+
+@pytest.mark.parametrize("scale", [None, 1.0])
+def test_kid_is_the_unbiased_discrepancy(scale):
+    x, y = noise(4, 3).double(), noise(5, 3, seed=1).double() + 1
+    factor = 1 / 3 if scale is None else scale
+
+    def kernel(a, b):
+        return (factor * float(a @ b) + 1) ** 3
+
+    within_x = sum(kernel(x[i], x[j]) for i in range(4) for j in range(4) if i != j) / 12
+    within_y = sum(kernel(y[i], y[j]) for i in range(5) for j in range(5) if i != j) / 20
+    between = sum(kernel(a, b) for a in x for b in y) / 20
+    assert kid(x, y, scale=scale).item() == pytest.approx(within_x + within_y - 2 * between, rel=1e-9)
+
+
+def test_kid_is_zero_on_average_for_samples_of_one_distribution():
+    draws = [(noise(10, 8, seed=2 * i), noise(10, 8, seed=2 * i + 1)) for i in range(300)]
+    same = torch.stack([kid(x, y) for x, y in draws])
+    apart = torch.stack([kid(x, y + 0.5) for x, y in draws])
+    error = same.std().item() / 300**0.5
+    assert abs(same.mean().item()) < 3 * error
+    assert apart.mean().item() > 20 * error
+
+
+@pytest.mark.parametrize(("name", "x", "y"), [("features", 1, 3), ("reference", 3, 1)])
+def test_kid_needs_two_rows_of_each(name, x, y):
+    with pytest.raises(ValueError, match=f"{name} has shape"):
+        kid(torch.ones(x, 4), torch.ones(y, 4))
+
+
+def test_kid_needs_equal_widths():
+    with pytest.raises(ValueError, match="reference has shape"):
+        kid(torch.ones(3, 4), torch.ones(3, 5))
+
+
+def test_features_equal_those_of_a_foreign_implementation(extract):
+    # The six largest of efficientnet-lite-pytorch 0.1.0 in float32; ours has float16 weights.
+    y, x = torch.meshgrid(torch.arange(128.0), torch.arange(128.0), indexing="ij")
+    features = extract(torch.stack([torch.sin(x / 7), torch.cos(y / 11), torch.sin((x + y) / 5)])[None])[0]
+    largest = features.topk(6)
+    assert largest.indices.tolist() == [949, 966, 287, 31, 292, 100]
+    assert largest.values.tolist() == pytest.approx([0.2255, 0.195, 0.1857, 0.1843, 0.1663, 0.1657], abs=2e-3)
+
+
+def test_features_are_unit_rows_whatever_the_batch(extract):
+    images = noise(5, 3, 40, 50).tanh()
+    features = extract(images)
+    assert features.shape == (5, 1280)
+    assert features.dtype == torch.float32
+    assert not features.requires_grad
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(5))
+    torch.testing.assert_close(efficientnet_lite0(batch_size=2)(images), features, atol=1e-5, rtol=0)
+
+
+def test_pictures_and_tensors_have_equal_features(extract):
+    values = (noise(2, 3, 64, 48).sigmoid() * 255).round()
+    pictures = [Image.fromarray(v.permute(1, 2, 0).byte().numpy()) for v in values]
+    torch.testing.assert_close(extract(pictures), extract(values / 127.5 - 1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(extract([pictures[0].convert("RGBA")]), extract(pictures[:1]))
+
+
+def test_large_pictures_are_shrunk_without_aliasing(extract):
+    values = (noise(3, 400, 500).sigmoid() * 255).round()
+    large = Image.fromarray(values.permute(1, 2, 0).byte().numpy())
+    small = large.resize((128, 128), Image.Resampling.BILINEAR)  # Pillow shrinks with antialiasing
+    assert cosine(extract([large])[0], extract([small])[0]) > 0.99
+
+
+@pytest.mark.parametrize(
+    "images",
+    [torch.zeros(2, 3, 64), torch.zeros(2, 4, 64, 64), torch.zeros(2, 3, 64, 64, dtype=torch.uint8)],
+)
+def test_extractors_refuse_other_tensors(extract, images):
+    with pytest.raises(ValueError, match=r"use a float tensor \[N, 3, H, W\]"):
+        extract(images)
+
+
+def test_extractors_refuse_no_images(extract):
+    with pytest.raises(ValueError, match="images is empty"):
+        extract([])
+
+
+def test_loading_leaves_the_random_state_alone():
+    before = torch.get_rng_state()
+    efficientnet_lite0()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_conversion_folds_normalisation_into_the_convolution(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "training")
+    weights = importlib.import_module("judge_weights")
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4, eps=weights.EPSILON)).double().eval()
+    for tensor in (*model[1].parameters(), *model[1].buffers()):
+        if tensor.is_floating_point():
+            tensor.data.uniform_(0.5, 2, generator=torch.Generator().manual_seed(tensor.ndim))
+    [(weight, bias)] = weights.fold(model.state_dict())
+    x = noise(2, 3, 5, 5).double()
+    torch.testing.assert_close(nn.functional.conv2d(x, weight, bias), model(x))
+
+
+def test_importing_the_measures_loads_no_image_library():
+    heavy = ["PIL", "safetensors", "diffusers"]
+    code = f"import sys, variegate.metrics; print([name for name in {heavy} if name in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "[]\n"
