@@ -144,9 +144,15 @@ def test_off_returns_the_input_itself(step: dict[str, float]) -> None:
     assert torch.equal(flow_weights(gram_matrix(tokens), Vendi(), **step), torch.eye(4, dtype=torch.float64))
 
 
+def test_off_does_not_read_the_tokens() -> None:
+    tokens = torch.empty(4, N, D, device="meta")  # has a shape and nothing to read
+    assert gram_flow(tokens, Vendi(), strength=0.0) is tokens
+
+
 def test_a_group_of_one_is_returned_itself() -> None:
-    tokens = group(1, 0.3)
-    assert gram_flow(tokens, Vendi(), strength=0.5) is tokens
+    for seed in range(20):  # the norms of some would round their own cosine to something other than 1
+        tokens = group(1, 0.3, seed=seed)
+        assert gram_flow(tokens, RKE(), strength=0.5) is tokens
 
 
 def test_frozen_samples_push_and_stay() -> None:
@@ -213,8 +219,9 @@ def test_a_zero_sample_takes_no_part(objective: Objective) -> None:
     torch.testing.assert_close(moved[1], gram_flow(group(4, 0.3, seed=1), objective, strength=0.2))
 
 
-def test_one_sample_among_zeros_stays() -> None:
-    tokens = torch.cat([group(1, 0.3), torch.zeros(2, N, D)])
+@pytest.mark.parametrize("present", [0, 1])
+def test_zeros_and_at_most_one_sample_stay(present: int) -> None:
+    tokens = torch.cat([group(present, 0.3), torch.zeros(2, N, D)])
     assert gram_flow(tokens, Vendi(), strength=0.5) is tokens
 
 

@@ -115,10 +115,18 @@ def test_orders_join_up() -> None:
         torch.testing.assert_close(near.coefficients(gram), exact.coefficients(gram), rtol=1e-4, atol=1e-7)
 
 
-def test_large_orders_do_not_underflow() -> None:
-    gram = torch.eye(16) + 1e-3
+@pytest.mark.parametrize("shared", [1e-3, 1e3])  # spectrum flat: powers underflow; peaked: they overflow
+def test_large_orders_stay_finite(shared: float) -> None:
+    gram = torch.eye(16) + shared
     assert Vendi(1000.0).value(gram).isfinite()
     assert Vendi(1000.0).coefficients(gram).isfinite().all()
+
+
+def test_equal_top_eigenvalues_share_the_push() -> None:
+    pair = torch.tensor([[1.0, 0.5], [0.5, 1.0]])
+    coefficients = Vendi(math.inf).coefficients(torch.block_diag(pair, pair))
+    assert coefficients[0, 1] < -0.1
+    torch.testing.assert_close(coefficients[:2, :2], coefficients[2:, 2:])
 
 
 @pytest.mark.parametrize("order", [0.0, -1.0, math.nan])

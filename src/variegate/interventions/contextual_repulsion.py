@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from variegate.gram import gram_flow
 from variegate.intervention import Intervention
-from variegate.objectives import objective
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from variegate.objectives import Objective
 
 # model -> (inner steps M, window tau in steps, range of eta in the published tables)
 PAPER = {
@@ -72,7 +74,7 @@ class ContextualRepulsion(Intervention):
                 raise ValueError(f"{name}={value!r} is out of range; use a number from {low:g} upwards.")
         if self.inner_steps < 1:
             raise ValueError(f"inner_steps={self.inner_steps!r} is out of range; use an integer from 1.")
-        objective(self.objective, self.order)  # refuses an unknown name or order
+        self._objective()  # refuses an unknown name or order
 
     @classmethod
     def paper(cls, model: str, *, eta: float) -> ContextualRepulsion:
@@ -104,10 +106,18 @@ class ContextualRepulsion(Intervention):
         edited[:, :, chosen] = self._flow(tokens[:, :, chosen])
         return edited
 
+    def _objective(self) -> Objective:
+        # Imported late, and so is the flow: the command line reads the defaults above without waiting for torch.
+        from variegate.objectives import objective
+
+        return objective(self.objective, self.order)
+
     def _flow(self, tokens: Tensor) -> Tensor:
+        from variegate.gram import gram_flow
+
         return gram_flow(
             tokens,
-            objective(self.objective, self.order),
+            self._objective(),
             strength=self.strength if self.eta is None else None,
             eta=self.eta,
             inner_steps=self.inner_steps,
