@@ -52,8 +52,9 @@ class ContextualRepulsion(Intervention):
     Example:
         >>> ContextualRepulsion(strength=0.8, blocks="middle", stop=0.2).inner_steps
         20
-        >>> ContextualRepulsion.paper("flux-dev", eta=1e8)
-        ContextualRepulsion(stop=1, blocks='all', eta=100000000.0, inner_steps=50)
+        >>> settings = ContextualRepulsion.paper("flux-dev", eta=1e8)
+        >>> settings.inner_steps, settings.stop, settings.blocks
+        (50, 1, 'all')
     """
 
     strength: float = 0.5
