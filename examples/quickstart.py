@@ -23,7 +23,7 @@ def main() -> None:
 
     # Two lines around any stock pipeline; without them it is the stock pipeline, bit for bit.
     pipe = load_pipeline(args.model)
-    with attach(pipe, ContextualRepulsion(strength=0.5)):
+    with attach(pipe, ContextualRepulsion()):
         options = call_defaults(args.model) | {"num_inference_steps": args.steps}
         generators = [torch.Generator().manual_seed(seed) for seed in range(args.n)]
         images = pipe(args.prompt, num_images_per_prompt=args.n, generator=generators, **options).images

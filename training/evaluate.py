@@ -1,7 +1,7 @@
 """Judge a model, and the trade-off of repulsion on it: a row per setting.
 
     python training/evaluate.py src/variegate/emoji/emoji-base --split heldout
-    python training/evaluate.py src/variegate/emoji/emoji-base --split tuning --setting "strength=0.5, stop=0.2"
+    python training/evaluate.py src/variegate/emoji/emoji-base --split tuning --setting "strength=1, stop=0.2"
 
 Generic prompts measure diversity and whether a picture is allowed by its prompt; specific ones (without a
 `--setting`) whether it shows the emoji that was asked for. CFG 4, 20 steps, groups of 8.

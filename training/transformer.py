@@ -158,6 +158,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1.2e-3)
     parser.add_argument("--width", type=int, default=160)
     parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--init", type=Path, help="start from the weights of this pipeline, e.g. the bundled one")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -175,6 +176,9 @@ def main() -> None:
     )
 
     model = TextToImage(tokenizer, args.width, args.layers)
+    if args.init:
+        for name, part in model.named_children():
+            part.load_state_dict(type(part).from_pretrained(args.init / name).state_dict())
     model.transformer.set_attn_processor(PaddedAttention())
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)

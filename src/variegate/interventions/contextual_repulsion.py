@@ -57,7 +57,7 @@ class ContextualRepulsion(Intervention):
         (50, 1, 'all')
     """
 
-    strength: float = 0.5
+    strength: float = 1.0
     stop: int | float | None = 0.2
     eta: float | None = None
     inner_steps: int = 20
