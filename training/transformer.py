@@ -189,7 +189,7 @@ def main() -> None:
         flush=True,
     )
 
-    progress = Progress(args.steps, step, args.batch, args.out / "loss.csv", every=100)
+    progress = Progress(args.steps, step, args.batch, args.out / "loss.csv")
     while step < args.steps:
         rng = random.Random(f"{args.seed} {step}")
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)

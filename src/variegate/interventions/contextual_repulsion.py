@@ -13,12 +13,8 @@ if TYPE_CHECKING:
 
     from variegate.objectives import Objective
 
-# model -> (inner steps M, window tau in steps, range of eta in the published tables)
-PAPER = {
-    "flux-dev": (50, 1, (5e6, 8e9)),
-    "sd3.5-large": (100, 4, (5e2, 5e6)),
-    "sd3.5-turbo": (100, 1, (1e5, 1e7)),
-}
+# model -> (inner steps M, window tau in steps)
+PAPER = {"flux-dev": (50, 1), "sd3.5-large": (100, 4), "sd3.5-turbo": (100, 1)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +86,7 @@ class ContextualRepulsion(Intervention):
         """
         if model not in PAPER:
             raise ValueError(f"model={model!r} is not in the paper; use one of {', '.join(PAPER)}.")
-        inner_steps, tau, _ = PAPER[model]
+        inner_steps, tau = PAPER[model]
         return cls(eta=eta, inner_steps=inner_steps, stop=tau, blocks="all")
 
     @property
