@@ -12,7 +12,7 @@ from torch import nn
 
 from tiny import tiny_flux, tiny_sd3
 from variegate import ContextualRepulsion, Intervention, attach
-from variegate.architectures import Architecture, Blocks, Element, architecture_of, register_architecture
+from variegate.architectures import Architecture, architecture_of, dual, register_architecture
 from variegate.objectives import objective
 
 STEPS = 3
@@ -46,8 +46,7 @@ def hook_count(pipe) -> int:
 
 
 def joint_blocks(pipe) -> list[nn.Module]:
-    layouts = architecture_of(pipe.transformer).blocks
-    return [block for layout in layouts for block in getattr(pipe.transformer, layout.name)]
+    return [block for layout in architecture_of(pipe.transformer).blocks for block in layout.of(pipe.transformer)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,7 +359,7 @@ def test_targets_without_a_contextual_space_are_refused():
     )  # fmt: skip
     with pytest.raises(ValueError, match="UNet2DConditionModel has no contextual space: its text enters by cross"):
         attach(unet, STRONG)
-    with pytest.raises(ValueError, match=r"Linear is not a known denoiser; known are .*FluxTransformer2DModel"):
+    with pytest.raises(ValueError, match=r"Linear is not a known denoiser .*known are .*FluxTransformer2DModel"):
         attach(nn.Linear(2, 2), STRONG)
     with pytest.raises(ValueError, match="str has no denoiser to attach to"):
         attach("emoji-base", STRONG)
@@ -383,7 +382,7 @@ def test_a_registered_class_works():
                 text, image = block(text, image)
             return image
 
-    register_architecture(Architecture("Mine", (Blocks("blocks", text=Element(0), image=Element(1)),), branches=()))
+    register_architecture(Architecture("Mine", (dual("blocks"),), branches=()))
     model = Mine()
     image, text = torch.randn(4, 5, 8), torch.randn(1, 3, 8).repeat(4, 1, 1)
     stock = model(image, torch.tensor([1.0]), text)
@@ -410,7 +409,7 @@ def test_block_selection(blocks, expected):
     ("kwargs", "message"),
     [
         ({"blocks": "centre"}, "blocks='centre' is unknown"),
-        ({"site": "latent"}, "site='latent' is unknown; use one of context, attention, image"),
+        ({"site": "latent"}, "site='latent' is unknown; use one of context, attention, image, cross_attention"),
         ({"branch": "neither"}, "branch='neither' is unknown"),
         ({"start": -1}, "start=-1 is no place in a run"),
         ({"stop": 1.5}, "stop=1.5 is no place in a run"),

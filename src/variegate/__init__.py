@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from variegate.architectures import Architecture as Architecture
     from variegate.architectures import Blocks as Blocks
-    from variegate.architectures import Element as Element
-    from variegate.architectures import Span as Span
+    from variegate.architectures import Part as Part
     from variegate.architectures import register_architecture as register_architecture
     from variegate.attachment import Attachment as Attachment
     from variegate.attachment import attach as attach
+    from variegate.check import check_layout as check_layout
     from variegate.gallery import Gallery as Gallery
     from variegate.generation import generate as generate
     from variegate.intervention import Intervention as Intervention
@@ -32,13 +32,13 @@ _EXPORTS = {
     "Architecture": "variegate.architectures",
     "Attachment": "variegate.attachment",
     "attach": "variegate.attachment",
+    "check_layout": "variegate.check",
     "Blocks": "variegate.architectures",
     "ContextualRepulsion": "variegate.interventions",
-    "Element": "variegate.architectures",
     "Gallery": "variegate.gallery",
     "Intervention": "variegate.intervention",
+    "Part": "variegate.architectures",
     "Request": "variegate.request",
-    "Span": "variegate.architectures",
     "generate": "variegate.generation",
     "register_architecture": "variegate.architectures",
 }

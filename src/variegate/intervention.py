@@ -6,18 +6,18 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, get_args
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Site = Literal["context", "attention", "image"]
+Site = Literal["context", "attention", "image", "cross_attention"]
 SITES: tuple[str, ...] = get_args(Site)
 THIRDS = ("first", "middle", "last")
 
 
 class SampleSet(NamedTuple):
-    """Rows of a batch that are samples of one prompt in one guidance branch ("cond" or "uncond")."""
+    """Rows of a batch that are samples of one prompt in one guidance branch ("cond", "uncond" or "perturbed")."""
 
     branch: str
     rows: tuple[int, ...]
@@ -48,8 +48,10 @@ class Intervention(ABC):
         blocks: "all", the "first", "middle" or "last" third, a slice, or indices, over the denoiser's joint
             blocks in order (on Flux the dual-stream blocks, then the single-stream ones).
         site: "context" (text tokens that leave a block), "attention" (text output of a block's attention,
-            before the gated residual), or "image" (image tokens that leave a block).
+            before the gated residual), "image" (image tokens that leave a block), or "cross_attention" (what the
+            text contributes to the image tokens, in models whose text never reads the image).
         branch: "both" guidance branches, each among its own samples, or only "cond" or "uncond".
+        padding: whether padding tokens of the text take part, where the denoiser is told which they are.
 
     Raises:
         ValueError: if the window or the site is not of these forms.
@@ -60,6 +62,9 @@ class Intervention(ABC):
     blocks: str | slice | Sequence[int] = "all"
     site: Site = "context"
     branch: Literal["both", "cond", "uncond"] = "both"
+    padding: bool = True
+
+    skips_last: ClassVar[bool] = True  # of the text that leaves the last block, which nobody reads
 
     def __post_init__(self) -> None:
         if self.site not in SITES:

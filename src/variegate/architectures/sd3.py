@@ -1,9 +1,5 @@
 """Stable Diffusion 3 and 3.5."""
 
-from variegate.architectures.layout import Architecture, Blocks, Element
+from variegate.architectures.layout import Architecture, dual
 
-SD3 = Architecture(
-    denoiser="SD3Transformer2DModel",
-    # A block returns (text, image), its attention (image, text); the last block returns no text.
-    blocks=(Blocks("transformer_blocks", text=Element(0), image=Element(1)),),
-)
+SD3 = Architecture("SD3Transformer2DModel", (dual("transformer_blocks"),))  # its last block returns no text

@@ -1,0 +1,9 @@
+"""Mochi: blocks return (video, text); the last one leaves the text as it is."""
+
+from variegate.architectures.layout import Architecture, dual, mask
+
+MOCHI = Architecture(
+    "MochiTransformer3DModel",
+    (dual("transformer_blocks", text=1, attention="attn1"),),
+    real=mask("encoder_attention_mask"),
+)

@@ -1,0 +1,37 @@
+"""An edit as one opaque operator, so that a compiled graph is not broken where an attachment acts.
+
+No `from __future__ import annotations` here: torch reads the operator's signature from the annotations.
+"""
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_EDITS: dict[int, Callable[[Tensor], Tensor]] = {}
+_KEYS = itertools.count()
+
+
+def register(edit: Callable[[Tensor], Tensor]) -> int:
+    """Give an edit a key by which a compiled graph finds it."""
+    key = next(_KEYS)
+    _EDITS[key] = edit
+    return key
+
+
+def forget(key: int) -> None:
+    """Drop an edit."""
+    _EDITS.pop(key, None)
+
+
+@torch.library.custom_op("variegate::edit", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def edit(tokens: Tensor, key: int) -> Tensor:
+    """What the edit of `key` makes of the tokens; always a new tensor, as an operator must."""
+    edited = _EDITS[key](tokens)
+    return edited.clone() if edited is tokens else edited.contiguous()
+
+
+@edit.register_fake
+def _(tokens: Tensor, key: int) -> Tensor:
+    return tokens.new_empty(tokens.shape)
