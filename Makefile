@@ -3,7 +3,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test matrix lint bench clean
 
 # torch first, by its pinned version: an unpinned torch pulls gigabytes of CUDA packages.
 .venv/.installed: pyproject.toml constraints.txt
@@ -17,6 +17,9 @@ demo: .venv/.installed  ## Eight different pictures of one prompt beside the sto
 
 test: .venv/.installed lint  ## Everything continuous integration runs.
 	$(BIN)/python -m pytest
+
+matrix: .venv/.installed  ## Every architecture against the installed diffusers: docs/architectures.md.
+	PYTHONPATH=tests/architectures $(BIN)/python tests/architectures/matrix.py
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -16,7 +16,8 @@ from transformers import CLIPTextModel
 from typer.testing import CliRunner
 
 from tiny import tiny_sd3
-from variegate import ContextualRepulsion, Request, __version__
+from variegate import ContextualRepulsion, Request, __version__, architectures
+from variegate.architectures import Architecture, dual
 from variegate.cli import app
 
 SMALL = ["-n", "2", "--steps", "2"]
@@ -160,8 +161,12 @@ def test_a_pipeline_without_contextual_space(tmp_path):
     assert result.exit_code == 2
     assert "UNet2DConditionModel has no contextual space" in result.stderr
     assert not (tmp_path / "out").exists()
-    result = run(*command, "--method", "none")
-    assert (result.exit_code, result.stderr) == (0, "")
+    for options in (["--method", "none"], ["--site", "cross_attention"]):
+        result = run(*command, *options)
+        assert (result.exit_code, result.stderr) == (0, "")
+    result = run("check", tmp_path / "unet")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("UNet2DConditionModel, site cross_attention: right")
 
 
 def test_warnings_are_one_line_each(model, tmp_path):
@@ -210,6 +215,25 @@ def test_a_fresh_process_answers_without_loading_torch():
     assert result.stdout.strip() == f"variegate {__version__}"
     assert "variegate.cli" in result.stderr
     assert not re.search(r"\| +(torch|diffusers|transformers)$", result.stderr, re.MULTILINE)
+
+
+def test_check_says_whether_the_record_is_right(model, monkeypatch):
+    result = run("check", model)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.startswith("SD3Transformer2DModel, site context: right\n  ok    tokens put back")
+    wrong = Architecture("SD3Transformer2DModel", (dual("transformer_blocks", text=1),))
+    monkeypatch.setitem(architectures._REGISTERED, wrong.denoiser, wrong)
+    result = run("check", model)
+    assert result.exit_code == 1
+    assert "site context: WRONG" in result.stdout
+    assert "FAIL  no image token among the text" in result.stdout
+    for options, message in (
+        (["--site", "latent"], "site='latent' is unknown"),
+        (["--site", "cross_attention"], "site='cross_attention' does not exist"),
+    ):
+        result = run("check", model, *options)
+        assert result.exit_code == 2
+        assert message in result.stderr
 
 
 def test_models_lists_what_is_bundled():

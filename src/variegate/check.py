@@ -5,15 +5,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from variegate.architectures import Architecture, Part, architecture_of
 from variegate.architectures.layout import Call
-from variegate.attachment import Attachment
-from variegate.intervention import Intervention, Site
+from variegate.attachment import DENOISERS, Attachment
+from variegate.intervention import SITES, Intervention, Site
 
 Edit = Callable[[Tensor], Tensor]
 
@@ -63,7 +63,7 @@ class _Probe(Intervention):
 
 @torch.no_grad()
 def check_layout(
-    denoiser: nn.Module, call: Mapping[str, Any], site: Site | None = None, architecture: Architecture | None = None
+    denoiser: nn.Module, call: Mapping[str, Any], site: str | None = None, architecture: Architecture | None = None
 ) -> LayoutReport:
     """Check the record of a denoiser's class on one call.
 
@@ -94,7 +94,9 @@ def check_layout(
         ('context', True)
     """
     record = architecture or architecture_of(denoiser)
-    checked: Site = site or _main_site(record)
+    if site is not None and site not in SITES:
+        raise ValueError(f"site={site!r} is unknown; use one of {', '.join(SITES)}.")
+    checked = cast(Site, site) if site else _main_site(record)
     bound = {**call, "self": denoiser}
     image_of_output = None if record.output is None else record.output.locate(bound)
 
@@ -158,9 +160,7 @@ def capture_call(pipe: Any, prompt: str, **kwargs: Any) -> dict[str, Any]:
         Arguments by name, as `check_layout` takes them.
     """
     calls: list[dict[str, Any]] = []
-    denoiser = next(
-        module for name in ("transformer", "unet") if isinstance(module := getattr(pipe, name, None), nn.Module)
-    )
+    denoiser = denoiser_of(pipe)
     names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
 
     def keep(module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
@@ -169,10 +169,24 @@ def capture_call(pipe: Any, prompt: str, **kwargs: Any) -> dict[str, Any]:
     handle = denoiser.register_forward_pre_hook(keep, with_kwargs=True)
     try:
         generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
-        pipe([prompt] * 2, num_inference_steps=1, output_type="latent", generator=generators, **kwargs)
+        short = {"num_inference_steps": 1, "output_type": "latent", "generator": generators}
+        pipe([prompt] * 2, **(kwargs | short))
     finally:
         handle.remove()
     return calls[0]
+
+
+def denoiser_of(pipe: Any) -> nn.Module:
+    """The transformer or U-Net of a pipeline.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    for name in DENOISERS:
+        denoiser = getattr(pipe, name, None)
+        if isinstance(denoiser, nn.Module):
+            return denoiser
+    raise ValueError(f"{type(pipe).__name__} has no denoiser (looked for {', '.join(DENOISERS)}).")
 
 
 def _forward(denoiser: nn.Module, call: Mapping[str, Any]) -> Any:

@@ -83,6 +83,9 @@ def generate(
     blocks: Annotated[
         str | None, typer.Option(help="Where to push: all, first, middle, last (third), 0,2,5 or 3:6.")
     ] = None,
+    site: Annotated[
+        str | None, typer.Option(help="What to push: context, attention, image or cross_attention tokens.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the first picture; the next has the next.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default="the model's")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.", show_default="the model's")] = None,
@@ -106,7 +109,7 @@ def generate(
         "negative_prompt": negative_prompt, "height": height, "width": width, "compare": compare,
         "dtype": dtype, "device": device, "offload": offload, "revision": revision,
     }  # fmt: skip
-    parameters = _given({"strength": strength, "start": start, "stop": stop, "blocks": blocks})
+    parameters = _given({"strength": strength, "start": start, "stop": stop, "blocks": blocks, "site": site})
     with _plain_errors():
         from variegate.gallery import check_writable
         from variegate.request import Request
@@ -163,6 +166,27 @@ def models() -> None:
 
     for name in bundled_models():
         typer.echo(name)
+
+
+@app.command()
+def check(
+    model: Annotated[str, typer.Argument(help="Bundled model, pipeline folder or hub id.", show_default=False)],
+    site: Annotated[
+        str | None, typer.Option(help="context, attention, image or cross_attention.", show_default="the first it has")
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="Any prompt.")] = "an animal",
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.", show_default="auto")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+) -> None:
+    """Check on one denoising step that what is known of a model's tokens is right (exit code 1 if not)."""
+    with _plain_errors(), _progress(f"loading {model}"):
+        from variegate.check import capture_call, check_layout, denoiser_of
+        from variegate.emoji.models import call_defaults, load_pipeline
+
+        pipe = load_pipeline(model, device=device or "auto", revision=revision)
+        report = check_layout(denoiser_of(pipe), capture_call(pipe, prompt, **call_defaults(model)), site)
+    typer.echo(str(report))
+    raise typer.Exit(int(not report.passed))
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import pkgutil
 from dataclasses import dataclass, field, replace
 
 import diffusers
+import matrix
 import pytest
 import torch
 from denoisers import CALLS, CONFIGS, CROSSING, IMAGE_ONLY, JOINT, ROWS, find_class, tiny
@@ -294,6 +295,10 @@ def _refused():
     from variegate.architectures import _BUNDLED
 
     return [record.denoiser for record in _BUNDLED if not record.blocks]
+
+
+def test_the_page_of_architectures_is_up_to_date():
+    assert matrix.page() == matrix.PAGE.read_text(), "run `make matrix`"
 
 
 def test_every_record_of_a_joint_class_is_tested_here():
