@@ -1,9 +1,10 @@
 """What the Gram flow costs: against gradient steps on the tokens, and against the memory of this machine.
 
-Every round runs each contender once, so that a slow moment of the machine slows all of them; the table shows
-medians. The floor is the least that any method of this kind does: one read of the tokens, then one read and one
-write of them. Peak extra memory is the high-water mark of torch's allocator during one call, output included,
-from the profiler's record of every allocation and release; the B x B matrices, in numpy, are a few kilobytes.
+Every round runs each contender once, so that a slow moment of the machine slows all of them, and each after an
+untimed floor, so that all find the caches and the allocator alike; the table shows medians. The floor is the
+least that any method of this kind does: one read of the tokens, then one read and one write of them. Peak extra
+memory is the high-water mark of torch's allocator during one call, output included, from the profiler's record of
+every allocation and release; the B x B matrices, in numpy, are a few kilobytes.
 
     python benchmarks/gram_flow.py --repeats 5 --threads 2
 """
@@ -116,6 +117,7 @@ def main() -> None:
     rounds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(arguments.repeats):
         for name, run in contenders.items():
+            floor(tokens)
             rounds[name].append(seconds(run))
     medians = {name: statistics.median(times) for name, times in rounds.items()}
     memory = peak_extra_bytes(flow(50)) / tokens.nbytes

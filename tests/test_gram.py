@@ -1,13 +1,23 @@
 """The Gram flow against eq. 2-4 of arXiv:2603.28762 as written: float64, autograd, one step after another."""
 
+import re
+import warnings
+
 import pytest
 import torch
 from torch import Tensor
 
+from variegate import gram
 from variegate.gram import flow_weights, gram_flow, gram_matrix
-from variegate.objectives import RKE, Cosine, LogDet, Objective, Vendi
+from variegate.objectives import RKE, Cosine, LogDet, Objective, Vendi, float64_device
 
 N, D = 6, 64
+
+
+@pytest.fixture(autouse=True, params=[gram._AT_ONCE, 0], ids=["few", "many"])
+def _both_paths(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few tokens go at once and in float64, many in pieces and mostly in float32: these few go both ways."""
+    monkeypatch.setattr(gram, "_AT_ONCE", request.param)
 
 
 def entropy(rows: Tensor) -> Tensor:
@@ -126,6 +136,12 @@ def test_gram_matrix_resolves_close_samples() -> None:
     torch.testing.assert_close(squares + squares[:, None] - 2 * gram, distances, rtol=1e-5, atol=1e-10)
 
 
+def test_gram_matrix_is_summed_in_float64() -> None:
+    whole = torch.randint(1000, (2, 20_000, 1), generator=torch.Generator().manual_seed(0))
+    rows = whole.flatten(1)  # their products are exact in float32, and the sums of those are not
+    assert torch.equal(gram_matrix(whole.float()), (rows @ rows.T).double())
+
+
 def test_gram_matrix_of_half_precision_does_not_overflow() -> None:
     assert gram_matrix(torch.full((2, 2, 3), 6e4, dtype=torch.float16))[0, 1] == 6 * 6e4**2
 
@@ -232,6 +248,37 @@ def test_a_non_finite_group_is_left_alone(bad: float) -> None:
     moved = gram_flow(tokens, Vendi(), strength=0.5)
     assert torch.equal(moved[0].view(torch.int32), tokens[0].view(torch.int32))
     torch.testing.assert_close(moved[1], gram_flow(tokens[1], Vendi(), strength=0.5))
+
+
+@pytest.mark.parametrize("objective", [Vendi(), Vendi(0.5), Vendi(float("inf")), RKE(), LogDet(), Cosine()], ids=str)
+@pytest.mark.parametrize("eta", [1e30, 1e60, 1e160, 1e300])
+@pytest.mark.parametrize("steps", [1, 20, 200])
+def test_absurd_steps_move_finitely_or_are_refused(objective: Objective, eta: float, steps: int) -> None:
+    other = group(4, 0.3, seed=1)
+    other[0, 0, 0] = float("nan")
+    tokens = torch.stack([group(4, 0.3), other])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if eta == 1e30:
+            assert gram_flow(tokens, objective, eta=eta, inner_steps=steps)[0].isfinite().all()
+        else:
+            with pytest.raises(ValueError, match=re.escape(f"eta={eta:g} takes")):
+                gram_flow(tokens, objective, eta=eta, inner_steps=steps)
+
+
+def test_steps_too_great_for_the_dtype_are_refused() -> None:
+    tokens = group(4, 0.3)
+    assert gram_flow(tokens.bfloat16(), Vendi(), strength=1e6).isfinite().all()
+    with pytest.raises(ValueError, match=r"strength=1e\+06 takes .* out of the range of torch.float16"):
+        gram_flow(tokens.half(), Vendi(), strength=1e6)
+    large = (tokens * (3e4 / tokens.abs().max())).half()  # longer than the greatest float16, and yet in range
+    assert large.double().norm() > torch.finfo(torch.float16).max
+    assert gram_flow(large, Vendi(), strength=0.01).isfinite().all()
+
+
+def test_a_device_without_float64_is_left_for_the_cpu() -> None:
+    assert float64_device(torch.device("mps", 0)) == torch.device("cpu")
+    assert float64_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
 
 
 def test_groups_do_not_see_each_other() -> None:

@@ -5,14 +5,15 @@ matrix acting on them, C <- (I + rate A(G)) C. M steps therefore compose without
 
     W = I;  repeat M times:  W <- W + (eta / M) A(W G W^T) W;   then once  C <- W C.
 
-The B x B part is float64 on the CPU. The two passes over the tokens are float64 too, except on the CPU, where
-that costs time: there they are float32 wherever the difference would not show, which takes samples distinct
-enough for a float32 Gram matrix and a displacement well above the rounding of a float32 product. (On a
-GPU the time is in the memory, and a float32 product may silently be TF32.)
+The B x B part is float64 on the CPU. The two passes over the tokens are float64 too, except for many tokens on
+the CPU, where that costs time: there they are float32 wherever the difference would not show, which takes samples
+distinct enough for a float32 Gram matrix and a displacement well above the rounding of a float32 product. (On a
+GPU the time is in the memory, and a float32 product may silently be TF32.) Tokens on a device without float64,
+Apple's MPS, are copied to the CPU and back: that path has run on tokens of the CPU, never on MPS.
 
 Reference:
     arXiv:2603.28762, eq. 2 (the inner iterations), 3 and 4 (objective `Vendi()`).
-    Deviation: none in exact arithmetic up to 128 inner steps; for more see `flow_weights`.
+    Deviation: none in exact arithmetic below 16 inner steps; for more see `flow_weights`.
 """
 
 from __future__ import annotations
@@ -25,11 +26,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from variegate.objectives import Array, Objective
+from variegate.objectives import Array, Objective, float64_device, identity
 
-_EXTRAPOLATED_ABOVE = 128
-_SHORT_RUNS = (32, 40, 52, 68, 88)
-_CONVERTED_AT_ONCE = 2**18  # numbers: more than a call costs, less than the cache holds
+_SHORT_RUNS = (3, 4, 5, 6, 8), (8, 10, 13, 17, 22), (32, 40, 52, 68, 88)
+_AT_ONCE = 2**17  # numbers: more than a call costs, less than the cache holds
 
 
 @torch.no_grad()
@@ -40,7 +40,7 @@ def gram_matrix(tokens: Tensor) -> Tensor:
         tokens: `[..., B, N, D]`, any floating dtype and strides; a sample is its N x D tokens as one vector.
 
     Returns:
-        `[..., B, B]`, float64, on the tokens' device.
+        `[..., B, B]`, float64, on the tokens' device, or on the CPU where the device has no float64.
 
     Raises:
         ValueError: if `tokens` has fewer than three axes or is not of a floating dtype.
@@ -55,16 +55,21 @@ def gram_matrix(tokens: Tensor) -> Tensor:
             f"tokens must be floating-point [..., B, N, D], got {tokens.dtype} {list(tokens.shape)}; "
             "unsqueeze(-2) makes B vectors B samples of one token"
         )
+    tokens = tokens.to(float64_device(tokens.device))
+    if tokens.numel() <= _AT_ONCE:
+        rows = tokens.flatten(-2).double()
+        return rows @ rows.mT
     *groups, samples, _, _ = tokens.shape
     gram = torch.empty(*groups, samples, samples, dtype=torch.float64, device=tokens.device)
+    fast = _fast_dtype(tokens)
     for index in np.ndindex(*groups):
-        fast = _fast_dtype(tokens)
         gram[index] = _inner_products(tokens[index], fast)
         if fast == torch.float32 and not _distinct(gram[index]):
             gram[index] = _inner_products(tokens[index], torch.float64)
     return gram
 
 
+@np.errstate(all="ignore")  # what leaves the range of numbers is looked for in the result
 def flow_weights(
     gram: Tensor,
     objective: Objective,
@@ -78,9 +83,11 @@ def flow_weights(
 ) -> Tensor:
     """The matrix W of the flow: after it, the samples of a group are W C.
 
-    Beyond 128 inner steps without a `target`, the M-step result is read off the polynomial in 1/M through
-    five runs of 32 to 88 steps: Euler's method is smooth in its step size. If the last term of that
-    polynomial is more than 1e-6 of the displacement, as at great strengths, all M steps are taken instead.
+    From 16 inner steps without a `target`, the M-step result is read off the polynomial in 1/M through five
+    runs of 3 to 8 steps: Euler's method is smooth in its step size. If the last term of that polynomial is more
+    than 1e-5 of the displacement (which itself is then good to about 1e-6), or the displacement exceeds the
+    samples' norm, five longer runs are tried, up to 22 steps if M >= 44 and up to 88 if M >= 176; where none will
+    do, as at great strengths, all M steps are taken.
 
     Args:
         gram: `[..., B, B]`, inner products of the samples of each group.
@@ -95,11 +102,13 @@ def flow_weights(
         frozen: bool, `[B]` or `[..., B]`; True rows push the others and do not move.
 
     Returns:
-        `[..., B, B]`, float64, on the device of `gram`. The rows of frozen samples, zero samples, and groups
-        with non-finite products or fewer than two non-zero samples are those of the identity.
+        `[..., B, B]`, float64, on the device of `gram`, or on the CPU where that has no float64. The rows of
+        frozen samples, zero samples, and groups with non-finite products or fewer than two non-zero samples
+        are those of the identity.
 
     Raises:
-        ValueError: if not exactly one of `strength` and `eta` is given, or an argument is out of range.
+        ValueError: if not exactly one of `strength` and `eta` is given, an argument is out of range, or the
+            steps are so great that the products overflow.
 
     Example:
         >>> from variegate.objectives import Cosine
@@ -109,25 +118,34 @@ def flow_weights(
     """
     size = _step_size(strength, eta, inner_steps, target)
     samples = gram.shape[-1]
-    initial = gram.detach().to("cpu", torch.float64).numpy().reshape(-1, samples, samples)
+    initial = gram.detach().cpu().double().numpy().reshape(-1, samples, samples)
     squares = initial.diagonal(axis1=-2, axis2=-1)
     present = squares > 0
-    rates = np.full(squares.shape, float(size))
+    rates: Array = size * present.astype(np.float64)
     if eta is None:
         rates *= squares.sum(-1, keepdims=True) / np.maximum(present.sum(-1, keepdims=True), 1)
     if frozen is not None:
         rates *= ~frozen.cpu().expand(gram.shape[:-1]).numpy().reshape(-1, samples)
     moving = np.isfinite(initial).all((-2, -1)) & (present.sum(-1) > 1) & (size > 0)
-    weights = np.tile(np.eye(samples), (len(initial), 1, 1))
-    for pattern in set(map(tuple, present[moving].tolist())):  # nearly always one: no zero rows
-        groups, rows = np.flatnonzero(moving & (present == pattern).all(-1)), np.flatnonzero(pattern)
-        block = np.ix_(groups, rows, rows)
-        rate = rates[groups[:, None], rows][..., None]
-        weights[block] = _flow(initial[block], objective, rate, inner_steps, target, preserve_norm)
-    return torch.from_numpy(weights).reshape(gram.shape).to(gram.device)
+    weights = np.zeros_like(initial) + identity(samples)
+    settings = objective, inner_steps, target, preserve_norm
+    try:
+        if moving.all() and present.all():
+            weights = _flow(initial, rates[..., None], *settings)
+        else:
+            for pattern in set(map(tuple, present[moving].tolist())):
+                groups, rows = np.flatnonzero(moving & (present == pattern).all(-1)), np.flatnonzero(pattern)
+                block = np.ix_(groups, rows, rows)
+                weights[block] = _flow(initial[block], rates[groups[:, None], rows][..., None], *settings)
+    except np.linalg.LinAlgError:  # non-finite products have no spectrum
+        weights.fill(np.nan)
+    if not np.isfinite(weights).all():
+        raise _too_far(strength, eta, torch.float64)
+    return torch.from_numpy(weights).reshape(gram.shape).to(float64_device(gram.device))
 
 
 @torch.no_grad()
+@np.errstate(all="ignore")  # products of groups that stay may be non-finite
 def gram_flow(
     tokens: Tensor,
     objective: Objective,
@@ -164,7 +182,9 @@ def gram_flow(
         moves, which includes a step size of 0, this is `tokens` itself.
 
     Raises:
-        ValueError: if not exactly one of `strength` and `eta` is given, or an argument is out of range.
+        ValueError: if not exactly one of `strength` and `eta` is given, an argument is out of range, or the
+            steps are so great that finite tokens would leave the range of their dtype: unlike a non-finite token
+            that is the step's doing, and a smaller one, or a wider dtype, is the remedy.
 
     Reference:
         arXiv:2603.28762, eq. 2; see the module for the form it takes here.
@@ -190,16 +210,24 @@ def gram_flow(
         preserve_norm=preserve_norm,
         frozen=frozen,
     )
-    still = (weights == torch.eye(tokens.shape[-3])).all(-1)
+    still = (weights.numpy() == identity(tokens.shape[-3])).all(-1)
     if still.all():
         return tokens
-    moved = torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device)
-    for index in np.ndindex(*tokens.shape[:-3]):
-        suffices = _float32_suffices(weights[index], gram[index])
-        _combine(weights[index], tokens[index], _fast_dtype(tokens) if suffices else torch.float64, moved[index])
-        for row in still[index].nonzero():
-            moved[index][row] = tokens[index][row]
-    return moved
+    norms = np.sqrt(gram.numpy().diagonal(axis1=-2, axis2=-1))
+    reach = (np.abs(weights.numpy()) @ norms[..., None])[..., 0]  # no sample is longer after the flow
+    local = tokens.to(float64_device(tokens.device))
+    if local.numel() <= _AT_ONCE:
+        moved = (weights.to(local.device) @ local.flatten(-2).double()).to(local.dtype).view(local.shape)
+    else:
+        moved = torch.empty(local.shape, dtype=local.dtype, device=local.device)
+        for index in np.ndindex(*local.shape[:-3]):
+            suffices = _float32_suffices(weights[index].numpy(), gram[index].numpy(), reach[index])
+            _combine(weights[index], local[index], _fast_dtype(local) if suffices else torch.float64, moved[index])
+    if (reach > torch.finfo(moved.dtype).max).any() and not moved[torch.from_numpy(~still)].isfinite().all():
+        raise _too_far(strength, eta, moved.dtype)
+    if still.any():
+        moved[torch.from_numpy(still)] = local[torch.from_numpy(still)]
+    return moved.to(tokens.device)
 
 
 def _step_size(strength: float | None, eta: float | None, inner_steps: int, target: float | None) -> float:
@@ -216,51 +244,65 @@ def _step_size(strength: float | None, eta: float | None, inner_steps: int, targ
     return size
 
 
+def _too_far(strength: float | None, eta: float | None, dtype: torch.dtype) -> ValueError:
+    step = f"strength={strength:g}" if eta is None else f"eta={eta:g}"
+    return ValueError(f"{step} takes the samples out of the range of {dtype}; use a smaller step or a wider dtype")
+
+
 def _flow(
     initial: Array,
-    objective: Objective,
     rates: Array,
+    objective: Objective,
     inner_steps: int,
     target: float | None,
     preserve_norm: bool,
 ) -> Any:
     """W `[groups, B, B]` of the flow from `initial`, at rates `[groups, B, 1]` in units of |c|^2."""
-    if inner_steps > _EXTRAPOLATED_ABOVE and target is None:
-        runs = _euler(initial, objective, rates, _SHORT_RUNS, None, preserve_norm)
-        weights = _polynomial(1 / inner_steps, _SHORT_RUNS, runs)
-        last_term = weights - _polynomial(1 / inner_steps, _SHORT_RUNS[1:], runs[1:])
-        displacement = weights - np.eye(initial.shape[-1])
-        if (_energy(last_term, initial) <= 1e-12 * _energy(displacement, initial)).all():
-            return weights
-    return _euler(initial, objective, rates, (inner_steps,), target, preserve_norm)[0]
+    change = np.zeros_like(initial)
+    pending = np.arange(len(initial))  # each group for itself, as the groups must not see each other
+    for lengths in _SHORT_RUNS if target is None else ():
+        if inner_steps < 2 * max(lengths) or not len(pending):
+            break
+        gram = initial[pending]
+        # The changes, not W: the weights of a polynomial sum to 1 but for rounding, and what rests must rest.
+        runs = _euler(gram, rates[pending], objective, lengths, None, preserve_norm) - identity(gram.shape[-1])
+        change[pending] = at = _polynomial(1 / inner_steps, lengths, runs)
+        last_term = at - _polynomial(1 / inner_steps, lengths[1:], runs[1:])
+        moved, length = _energy(at, gram), _energy(identity(gram.shape[-1]), gram)
+        pending = pending[~((_energy(last_term, gram) <= 1e-10 * moved) & (moved <= length))]
+    weights = change + identity(initial.shape[-1])
+    if len(pending):
+        weights[pending] = _euler(initial[pending], rates[pending], objective, (inner_steps,), target, preserve_norm)[0]
+    return weights
 
 
 def _euler(
     initial: Array,
-    objective: Objective,
     rates: Array,
+    objective: Objective,
     lengths: Sequence[int],
     target: float | None,
     preserve_norm: bool,
 ) -> Array:
-    """W `[runs, groups, B, B]` of the plain loop, for runs of all `lengths` side by side."""
-    lengths_, steps = np.array(lengths), np.arange(max(lengths))[:, None]
-    schedule = np.where(steps < lengths_, 1 / lengths_, 0.0)[..., None, None, None] * rates
-    weights = np.broadcast_to(np.eye(initial.shape[-1]), (len(lengths), *initial.shape))
-    gram = np.broadcast_to(initial, weights.shape)
+    """W `[runs, groups, B, B]` of the plain loop, for runs of all `lengths`, ascending, side by side."""
+    sizes = rates / np.array(lengths)[:, None, None, None]
+    weights = np.zeros((len(lengths), *initial.shape)) + identity(initial.shape[-1])
+    gram = initial + np.zeros_like(weights)
     norms = np.sqrt(initial.diagonal(axis1=-2, axis2=-1))
-    for sizes in schedule:
+    for step in range(lengths[-1]):
+        going = slice(sum(length <= step for length in lengths), None)
+        w, g, rate = weights[going], gram[going], sizes[going]
         if target is not None:
-            reached = np.exp(objective.value(gram)) >= target
+            reached = np.exp(objective.value(g)) >= target
             if reached.all():
                 break
-            sizes = sizes * ~reached[..., None, None]
-        weights = weights + (sizes * objective.coefficients(gram)) @ weights
-        gram = weights @ initial @ weights.swapaxes(-1, -2)
+            rate = rate * ~reached[..., None, None]
+        w += (rate * objective.coefficients(g)) @ w
+        np.matmul(w @ initial, w.swapaxes(-1, -2), out=g)
         if preserve_norm:
-            factors = norms / np.sqrt(gram.diagonal(axis1=-2, axis2=-1))
-            weights *= factors[..., None]
-            gram *= factors[..., None] * factors[..., None, :]
+            factors = norms / np.sqrt(g.diagonal(axis1=-2, axis2=-1))
+            w *= factors[..., None]
+            g *= factors[..., None] * factors[..., None, :]
     return weights
 
 
@@ -284,7 +326,7 @@ def _fast_dtype(tokens: Tensor) -> torch.dtype:
 def _pieces(group: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Tokens of a group `[B, N, D]` in `dtype`: all at once, or `[B, n, D]` at a time if that takes a copy."""
     samples, count, channels = group.shape
-    length = count if group.dtype == dtype else max(1, _CONVERTED_AT_ONCE // (samples * channels))
+    length = count if group.dtype == dtype else max(1, _AT_ONCE // (samples * channels))
     for start in range(0, count, length):
         where = slice(start, start + length)
         yield where, group[:, where].to(dtype)
@@ -315,9 +357,9 @@ def _distinct(gram: Tensor) -> bool:
     return bool(torch.linalg.eigvalsh((gram / norms / norms[:, None]).nan_to_num())[0] > 1e-3)
 
 
-def _float32_suffices(weights: Tensor, gram: Tensor) -> bool:
+def _float32_suffices(weights: Array, gram: Array, reach: Array) -> bool:
     """Whether the rounding of a float32 product stays under 1e-4 of the displacement of every sample."""
-    change = weights - torch.eye(len(weights))
-    displacement = ((change @ gram) * change).sum(-1).clamp_min(0).sqrt()
-    rounding = torch.finfo(torch.float32).eps * weights.abs() @ gram.diagonal().sqrt()
+    change = weights - identity(len(weights))
+    displacement = np.sqrt(((change @ gram) * change).sum(-1).clip(0))
+    rounding = np.finfo(np.float32).eps * reach
     return bool(((rounding <= 1e-4 * displacement) | (change == 0).all(-1)).all())

@@ -34,7 +34,7 @@ class Objective(Protocol):
     """What the Gram flow needs of an objective."""
 
     def value(self, gram: Matrix) -> Matrix:
-        """Objective of each set: inner products `[..., B, B]` to `[...]`, float64, same kind and device."""
+        """Objective of each set: inner products `[..., B, B]` to `[...]`, float64, same kind; see `float64_device`."""
         ...
 
     def coefficients(self, gram: Matrix) -> Matrix:
@@ -48,8 +48,7 @@ class _OfKernel:
     def value(self, gram: Matrix) -> Matrix:
         """See `Objective.value`."""
         inner = _array(gram)
-        norms = np.sqrt(inner.diagonal(axis1=-2, axis2=-1))
-        return _like(gram, self._value(inner / (norms[..., :, None] * norms[..., None, :])))
+        return _like(gram, self._value(inner / _products_of_norms(inner)))
 
     def coefficients(self, gram: Matrix) -> Matrix:
         """See `Objective.coefficients`.
@@ -58,11 +57,10 @@ class _OfKernel:
         the part tangent to the sphere. The term j = i is zero whatever the diagonal of the slope.
         """
         inner = _array(gram)
-        norms = np.sqrt(inner.diagonal(axis1=-2, axis2=-1))
-        scale = 1 / (norms[..., :, None] * norms[..., None, :])
-        kernel = inner * scale
+        products = _products_of_norms(inner)
+        kernel = inner / products
         slope = self._slope(kernel)
-        return _like(gram, 2 * scale * (slope - _identity(kernel.shape[-1]) * (slope @ kernel)))
+        return _like(gram, (slope - identity(kernel.shape[-1]) * (slope @ kernel)) / (0.5 * products))
 
     def _value(self, kernel: Array) -> Any:
         raise NotImplementedError
@@ -180,7 +178,7 @@ class Cosine(_OfKernel):
 
     def _slope(self, kernel: Array) -> Any:
         size = kernel.shape[-1]
-        return (_identity(size) - 1) / max(size * (size - 1), 1)
+        return (identity(size) - 1) / max(size * (size - 1), 1)
 
 
 def objective(name: str, order: float = 1.0) -> Objective:
@@ -205,13 +203,24 @@ def objective(name: str, order: float = 1.0) -> Objective:
     return others[name]
 
 
-def _array(gram: Tensor | Array) -> Array:
-    return gram if isinstance(gram, np.ndarray) else gram.detach().to("cpu", torch.float64).numpy()
-
-
 @functools.cache
-def _identity(size: int) -> Array:
+def identity(size: int) -> Array:
+    """The identity matrix, made once: not to be written to."""
     return np.eye(size)
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """`device` itself, or the CPU in place of a kind of device that has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def _array(gram: Tensor | Array) -> Array:
+    return gram if isinstance(gram, np.ndarray) else gram.detach().cpu().double().numpy()
+
+
+def _products_of_norms(inner: Array) -> Array:
+    norms = np.sqrt(inner.diagonal(axis1=-2, axis2=-1))
+    return norms[..., None] * norms[..., None, :]
 
 
 def _with_spectrum(eigenvalues: Array, vectors: Array) -> Any:
@@ -221,4 +230,4 @@ def _with_spectrum(eigenvalues: Array, vectors: Array) -> Any:
 def _like(gram: Matrix, values: Array) -> Matrix:
     if isinstance(gram, np.ndarray):
         return values
-    return torch.as_tensor(values, device=gram.device)
+    return torch.as_tensor(values, device=float64_device(gram.device))
