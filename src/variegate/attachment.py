@@ -221,8 +221,10 @@ class _Denoiser:
 
     def is_compiled(self) -> bool:
         """Whether the denoiser or one of its modules is compiled."""
-        return self.outer is not self.module or any(
-            module._compiled_call_impl is not None for module in self.module.modules()
+        return any(
+            module._compiled_call_impl is not None  # module.compile()
+            or hasattr(module.forward, "_torchdynamo_orig_callable")  # torch.compile(module), or of module.forward
+            for module in self.outer.modules()
         )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
