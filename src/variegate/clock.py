@@ -14,20 +14,28 @@ from variegate.intervention import SampleSet, Step
 
 Rows = Tensor | Sequence[Tensor]
 TIMESTEPS = ("timestep", "timesteps", "t")  # what denoisers call it
+_SEEDS_OR_BRANCHES = (
+    "Rows of a batch have equal latents, and nothing tells whether they are guidance branches or images with equal "
+    "seeds; attach to the pipeline instead of its denoiser, or pass groups=[...] with one label per image, prompt by "
+    "prompt."
+)
 
 
 class Clock:
     """Turns the calls of a pipeline's denoisers into `Step`s.
 
     A run is new when the scheduler has a new `timesteps` object (`set_timesteps` makes one); for a bare denoiser, when
-    its timestep turns back. A step is new when `scheduler.step_index` or the timestep changes. Rows are branch by
-    branch, prompt by prompt, sample by sample, as in every diffusers pipeline. The first call of a step is that of
-    the prompt, and so is every other one with the same text.
+    its timestep turns back. A step is new when `scheduler.step_index` or the timestep changes, or the latents, where
+    there is no `step_index`. Rows are branch by branch, prompt by prompt, sample by sample, as in every diffusers
+    pipeline. A step's first
+    call of one branch is that of the prompt, and so is every other one with the same text.
 
     Args:
         pipeline: the pipeline around the denoisers, or None for a bare one.
         groups: a label per image of the batch; images with equal labels are samples of one prompt. None: images
-            with bit-equal text embeddings are.
+            with bit-equal text embeddings are. They settle, too, whether equal latents in a batch are guidance branches
+            or images with equal seeds, which a bare denoiser and a pipeline without `do_classifier_free_guidance`
+            don't tell.
     """
 
     def __init__(self, pipeline: Any | None, groups: Sequence[int | str] | None) -> None:
@@ -37,8 +45,8 @@ class Clock:
         self._key: tuple[Any, float] | None = None
         self._rising: bool | None = None
         self._index = -1
-        self._first: Rows | None = None  # text of the step's first call
-        self._batched = False  # did that call hold all branches?
+        self._latents: Rows = ()  # of the step's first call
+        self._first: Rows | None = None  # text of the step's first call of one branch
         self._batch = 0  # rows of the run's calls that hold all branches
         self._groups: dict[int, list[list[int]]] = {}
 
@@ -50,30 +58,37 @@ class Clock:
             call: the denoiser's arguments by name.
 
         Raises:
-            ValueError: if `groups` does not fit the batch.
+            ValueError: if `groups` does not fit the batch, or only they can tell its branches.
         """
         timestep = next(call[name] for name in TIMESTEPS if call.get(name) is not None)
         now = float(torch.as_tensor(timestep).flatten()[0])
         scheduler = getattr(self.pipeline, "scheduler", None)
+        latents = call[architecture.latents]
         key = (getattr(scheduler, "step_index", None), now)
-        if self._new_run(scheduler, now):
+        if self._new_run(scheduler, now, latents):
             self._key, self._index, self._batch, self._groups = None, -1, 0, {}
-        if key != self._key:
+        # Schedulers of higher order ask twice for one timestep.
+        if key != self._key or (not hasattr(scheduler, "step_index") and self._moved(latents)):
             self._index += 1
-            self._first, self._batched = None, False
+            self._latents, self._first = latents, None
         self._key = key
-        sets = self._sets(architecture, call[architecture.latents], call[architecture.text])
+        sets = self._sets(architecture, latents, call[architecture.text])
         return Step(self._index, self._total(), sets)
 
-    def _new_run(self, scheduler: Any, now: float) -> bool:
+    def _moved(self, latents: Rows) -> bool:
+        """Whether latents are others than those of the step's first call; the batches of its calls may differ."""
+        rows = min(len(latents), len(self._latents))
+        return not _equal(latents[:rows], self._latents[:rows])
+
+    def _new_run(self, scheduler: Any, now: float, latents: Rows) -> bool:
         if scheduler is not None:
             old, self._timesteps = self._timesteps, scheduler.timesteps
             return old is not self._timesteps
         if self._key is None:
             return True
         moved = now - self._key[1]
-        if moved == 0:
-            return False
+        if moved == 0:  # the first timestep is never asked for twice, so the run before had one step
+            return self._index == 0 and self._moved(latents)
         if self._rising is None:
             self._rising = moved > 0
         return self._rising != (moved > 0)
@@ -98,29 +113,38 @@ class Clock:
 
     def _branches(self, architecture: Architecture, latents: Rows, text: Rows) -> tuple[str, ...]:
         """Names of the branches in this call: guidance copies of the latents are bit-equal."""
-        batched = self._shared(architecture)
-        rows, copies = len(latents), max(1, len(batched))
-        images = rows // copies
-        if (
-            copies > 1
-            and rows % copies == 0
-            and rows >= self._batch  # a smaller call, in a run with guidance, is that of the prompt alone
-            and not (self.pipeline is None and self.labels is not None and len(self.labels) == rows)
-            and all(_equal(latents[:images], latents[k * images : (k + 1) * images]) for k in range(1, copies))
-        ):
-            self._batched, self._batch = True, rows
-            return batched
-        if self._first is None or self._batched or _equal(self._first, text):
+        rows = len(latents)
+        guided = getattr(self.pipeline, "do_classifier_free_guidance", None)
+        told = guided is None and self.labels is not None and len(self.labels) == rows  # one label per row: no copies
+        shared = [] if told else self._shared(architecture, guided)
+        for batched in shared:
+            images = rows // len(batched)
+            if rows % len(batched) or rows < self._batch:  # a smaller call, in a run with guidance: the prompt alone
+                continue
+            if _equal(latents[:-images], latents[images:]):
+                one = "perturbed" not in batched and _equal(text[:images], text[images:])
+                if one and guided is None and self.labels is None:
+                    raise ValueError(_SEEDS_OR_BRANCHES)
+                self._batch = rows
+                return batched
+        if guided is None and (rows == self._batch or (shared and self.labels is None and _repeats(latents))):
+            raise ValueError(_SEEDS_OR_BRANCHES)
+        if guided and shared and not self._batch and rows > 1:
+            raise ValueError(
+                f"{type(self.pipeline).__name__} has guidance branches in its batch, but not as equal copies of the "
+                "latents, so its rows can't be told apart; call it without guidance, e.g. guidance_scale=1.0."
+            )
+        if self._first is None or _equal(self._first, text):
             self._first = text if self._first is None else self._first
             return ("cond",)
         return ("uncond",)
 
-    def _shared(self, architecture: Architecture) -> tuple[str, ...]:
-        """The branches that share a batch, as far as the pipeline tells."""
-        shared = architecture.branches if getattr(self.pipeline, "do_classifier_free_guidance", True) else ()
+    def _shared(self, architecture: Architecture, guided: bool | None) -> list[tuple[str, ...]]:
+        """The branches that may share a batch, as far as the pipeline tells."""
+        every = [architecture.branches] if guided else [()] if guided is False else [architecture.branches, ()]
         if getattr(self.pipeline, "do_perturbed_attention_guidance", False):
-            shared = (*(shared or ("cond",)), "perturbed")
-        return shared
+            every = [(*(branches or ("cond",)), "perturbed") for branches in every]
+        return [branches for branches in every if branches]
 
     def _group(self, text: Rows) -> list[list[int]]:
         if self.labels is not None:
@@ -142,6 +166,12 @@ class Clock:
             else:
                 groups.append([row])
         return groups
+
+
+def _repeats(rows: Rows) -> bool:
+    """Whether a batch consists of equal parts."""
+    count = len(rows)
+    return any(count % part == 0 and _equal(rows[:-part], rows[part:]) for part in range(1, count // 2 + 1))
 
 
 def _equal(one: Any, other: Any) -> bool:
