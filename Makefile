@@ -18,8 +18,10 @@ demo: .venv/.installed  ## Eight different pictures of one prompt beside the sto
 test: .venv/.installed lint  ## Everything continuous integration runs.
 	$(BIN)/python -m pytest
 
-matrix: .venv/.installed  ## Every architecture against the installed diffusers: docs/architectures.md.
+matrix: .venv/.installed  ## Every architecture and pipeline against the installed diffusers; writes two pages of docs.
 	PYTHONPATH=tests/architectures $(BIN)/python tests/architectures/matrix.py
+	PYTHONPATH=tests:tests/architectures $(BIN)/python tests/compatibility/table.py
+	$(BIN)/python -m pytest tests/architectures tests/pipelines
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

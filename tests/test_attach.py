@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 
 from tiny import tiny_flux, tiny_sd3
-from variegate import ContextualRepulsion, Intervention, attach
+from variegate import ContextualRepulsion, Intervention, TokenIntervention, attach
 from variegate.architectures import Architecture, architecture_of, dual, register_architecture
 from variegate.objectives import objective
 
@@ -50,7 +50,7 @@ def joint_blocks(pipe) -> list[nn.Module]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recorder(Intervention):
+class Recorder(TokenIntervention):
     """Keeps what it is given; changes nothing."""
 
     seen: list[torch.Tensor] = field(default_factory=list, compare=False)
@@ -61,7 +61,7 @@ class Recorder(Intervention):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shift(Intervention):
+class Shift(TokenIntervention):
     """Adds a different constant to each sample."""
 
     amount: float = 0.5

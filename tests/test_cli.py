@@ -91,7 +91,7 @@ BAD = [
     (["--model", "no-such-model"], "model='no-such-model' is unknown; use a bundled model"),
     (["--model", "nobody/no-such-model"], "model='nobody/no-such-model' is neither a bundled model"),
     (["--model", "."], "model='.' is a folder without model_index.json"),
-    (["--method", "magic"], "method='magic' is unknown; use one of contextual-repulsion, none."),
+    (["--method", "magic"], "method='magic' is unknown; use one of contextual-repulsion, cads, dave,"),
     (["--method", "none", "--strength", "1"], "strength is no parameter of method 'none'; leave it out."),
     (["--dtype", "int8"], "dtype='int8' is unknown; use one of auto, float32, bfloat16, float16."),
     (["--device", "tpu"], "device='tpu' is unknown; use one of auto, cpu, cuda, mps."),
@@ -238,3 +238,24 @@ def test_check_says_whether_the_record_is_right(model, monkeypatch):
 
 def test_models_lists_what_is_bundled():
     assert run("models").stdout.split() == ["emoji-base"]
+
+
+def test_methods_lists_them_with_their_parameters():
+    lines = run("methods").stdout.splitlines()
+    assert "contextual-repulsion: Push the images of one prompt apart in the contextual space" in lines[0]
+    assert "    strength=1.0" in lines
+    assert any(line.startswith("cads: ") for line in lines)
+
+
+def test_any_parameter_of_any_method(model, tmp_path):
+    command = ["generate", "a cat", "--model", model, *SMALL, "-o", tmp_path, "--method", "cads"]
+    result = run(*command, "--strength", "0.5", "-p", "clear=0.1", "-p", "branch=both")
+    assert (result.exit_code, result.stderr) == (0, "")
+    for options, message in (
+        (["-p", "clear"], "'clear' is not of the form NAME=VALUE"),
+        (["-p", "clear=2"], "clear=2 and blind=0.9 are no noise levels"),
+        (["-p", "colour=2"], "colour is no parameter of method 'cads'; use one of"),
+    ):
+        result = run(*command, *options)
+        assert result.exit_code == 2
+        assert message in " ".join(result.stderr.split())

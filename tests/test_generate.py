@@ -52,7 +52,7 @@ def pixels(row: Row) -> np.ndarray:
         ({"seed": -1}, "seed=-1 is out of range"),
         ({"steps": 0}, "steps=0 is out of range"),
         ({"guidance": float("nan")}, "guidance=nan is out of range"),
-        ({"method": "magic"}, "method='magic' is unknown; use one of contextual-repulsion, none"),
+        ({"method": "magic"}, "method='magic' is unknown; use one of contextual-repulsion, cads"),
         ({"dtype": "int8"}, "dtype='int8' is unknown; use one of auto, float32"),
         ({"device": "tpu"}, "device='tpu' is unknown"),
         ({"offload": "disk"}, "offload='disk' is unknown"),

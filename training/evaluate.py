@@ -2,6 +2,7 @@
 
     python training/evaluate.py src/variegate/emoji/emoji-base --split heldout
     python training/evaluate.py src/variegate/emoji/emoji-base --split tuning --setting "strength=1, stop=0.2"
+    python training/evaluate.py src/variegate/emoji/emoji-base --split tuning --setting "method=cads, strength=0.1"
 
 Generic prompts measure diversity and whether a picture is allowed by its prompt; specific ones (without a
 `--setting`) whether it shows the emoji that was asked for. CFG 4, 20 steps, groups of 8.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import re
 import time
 from pathlib import Path
 from statistics import fmean
@@ -21,8 +23,10 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 import prompts
-from variegate import ContextualRepulsion, attach
+from variegate import attach
 from variegate.emoji.judge import Judge, Report
+from variegate.intervention import Intervention
+from variegate.request import METHODS, from_text
 
 MEASURES = ("precision", "similarity", "labels", "drawings", "vendi", "distance")
 
@@ -56,9 +60,16 @@ def summary(found: list[Report]) -> dict[str, float]:
 
 def parse(setting: str) -> dict[str, Any]:
     """`strength=0.5, blocks=middle` to keyword arguments."""
-    pairs = (part.split("=", 1) for part in setting.split(","))
-    values = {key.strip(): value.strip() for key, value in pairs}
-    return {key: json.loads(value) if value[0] in "0123456789[" else value for key, value in values.items()}
+    values = dict(part.split("=", 1) for part in re.split(r",\s*(?=\w+=)", setting))
+    return {
+        name: json.loads(value) if value[0] in "0123456789[" else from_text(value) for name, value in values.items()
+    }
+
+
+def method(setting: str) -> Intervention:
+    """The intervention of a setting, contextual repulsion unless it says `method=`."""
+    values = parse(setting)
+    return METHODS[values.pop("method", "contextual-repulsion")](**values)
 
 
 def main() -> None:
@@ -96,7 +107,7 @@ def main() -> None:
         row("specific, stock", specific, contextlib.nullcontext())
     row("generic, stock", generic, contextlib.nullcontext())
     for setting in args.setting:
-        row(f"generic, {setting}", generic, attach(pipe, ContextualRepulsion(**parse(setting))))
+        row(f"generic, {setting}", generic, attach(pipe, method(setting)))
     if args.json:
         args.json.write_text(json.dumps({"split": args.split, "groups": args.groups, "rows": rows}, indent=1) + "\n")
 

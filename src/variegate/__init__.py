@@ -21,9 +21,19 @@ if TYPE_CHECKING:
     from variegate.check import check_layout as check_layout
     from variegate.gallery import Gallery as Gallery
     from variegate.generation import generate as generate
+    from variegate.intervention import ConditionIntervention as ConditionIntervention
+    from variegate.intervention import GuidanceIntervention as GuidanceIntervention
     from variegate.intervention import Intervention as Intervention
+    from variegate.intervention import PredictionIntervention as PredictionIntervention
+    from variegate.intervention import TokenIntervention as TokenIntervention
+    from variegate.interventions import CADS as CADS
+    from variegate.interventions import DAVE as DAVE
     from variegate.interventions import ContextualRepulsion as ContextualRepulsion
+    from variegate.interventions import IntervalGuidance as IntervalGuidance
+    from variegate.interventions import ParticleGuidance as ParticleGuidance
+    from variegate.interventions import SeedVariance as SeedVariance
     from variegate.request import Request as Request
+    from variegate.scoring import score as score
 
 __version__ = "0.1.0"
 
@@ -34,11 +44,21 @@ _EXPORTS = {
     "attach": "variegate.attachment",
     "check_layout": "variegate.check",
     "Blocks": "variegate.architectures",
+    "CADS": "variegate.interventions",
+    "DAVE": "variegate.interventions",
+    "IntervalGuidance": "variegate.interventions",
+    "ParticleGuidance": "variegate.interventions",
+    "SeedVariance": "variegate.interventions",
     "ContextualRepulsion": "variegate.interventions",
     "Gallery": "variegate.gallery",
+    "ConditionIntervention": "variegate.intervention",
+    "GuidanceIntervention": "variegate.intervention",
+    "PredictionIntervention": "variegate.intervention",
+    "TokenIntervention": "variegate.intervention",
     "Intervention": "variegate.intervention",
     "Part": "variegate.architectures",
     "Request": "variegate.request",
+    "score": "variegate.scoring",
     "generate": "variegate.generation",
     "register_architecture": "variegate.architectures",
 }

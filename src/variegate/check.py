@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from variegate.architectures import Architecture, Part, architecture_of
 from variegate.architectures.layout import Call
 from variegate.attachment import DENOISERS, Attachment
-from variegate.intervention import SITES, Intervention, Site
+from variegate.intervention import SITES, Site, TokenIntervention
 
 Edit = Callable[[Tensor], Tensor]
 
@@ -53,7 +53,7 @@ class LayoutReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Probe(Intervention):
+class _Probe(TokenIntervention):
     function: Edit
     skips_last: ClassVar[bool] = False
 
@@ -101,7 +101,8 @@ def check_layout(
     image_of_output = None if record.output is None else record.output.locate(bound)
 
     def run(function: Edit, where: Site = checked, blocks: Any = "all", record: Architecture = record) -> list[Tensor]:
-        with Attachment(denoiser, [_Probe(site=where, blocks=blocks, function=function, padding=False)], None, record):
+        probe = _Probe(site=where, blocks=blocks, function=function, padding=False)
+        with Attachment(denoiser, [probe], architecture=record):
             found = list(_tensors(_forward(denoiser, call)))
         return found if record.output is None else [_only(record.output.get(x, image_of_output)) for x in found]
 

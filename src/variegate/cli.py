@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,7 +43,7 @@ class _Documented(TyperCommand):
         """Look the defaults up; importing the classes takes too long for anything but help."""
         from variegate.request import METHODS, Request
 
-        classes: list[Any] = [Request, *filter(None, METHODS.values())]
+        classes: list[Any] = [Request, METHODS[Request(("any",)).method]]
         defaults = {option.name: option.default for cls in classes for option in dataclasses.fields(cls)}
         for parameter in self.params:
             if parameter.default is None and isinstance(defaults.get(str(parameter.name)), str | int | float):
@@ -56,6 +57,17 @@ def _place(text: str) -> int | float | None:
         return int(text) if text.isdigit() else float(text)
     except ValueError:
         raise typer.BadParameter(f"{text!r} is neither a step count nor a fraction of the steps.") from None
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    """Name and value of NAME=VALUE; numbers and true, false and null as in JSON, anything else as it is."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise typer.BadParameter(f"{text!r} is not of the form NAME=VALUE.")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
 
 
 OUTPUT = Path("variegate-out")
@@ -76,7 +88,7 @@ def generate(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", show_default=False)],
     n: Annotated[int | None, typer.Option("-n", help="Pictures per prompt.")] = None,
     model: Annotated[str | None, typer.Option(help="Bundled model, pipeline folder or hub id.")] = None,
-    method: Annotated[str | None, typer.Option(help="Diversity method, or none.")] = None,
+    method: Annotated[str | None, typer.Option(help="Diversity method, or none; see variegate methods.")] = None,
     strength: Annotated[float | None, typer.Option(help="How hard pictures are pushed apart; 0 is off.")] = None,
     start: Annotated[Any, typer.Option(parser=_place, metavar="STEP", help="First step to push in: 4, or 0.2.")] = None,
     stop: Annotated[Any, typer.Option(parser=_place, metavar="STEP", help="End of the pushing: 4, or 0.2.")] = None,
@@ -85,6 +97,9 @@ def generate(
     ] = None,
     site: Annotated[
         str | None, typer.Option(help="What to push: context, attention, image or cross_attention tokens.")
+    ] = None,
+    parameter: Annotated[
+        list[str] | None, typer.Option("--parameter", "-p", metavar="NAME=VALUE", help="Any other of the method.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the first picture; the next has the next.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default="the model's")] = None,
@@ -110,6 +125,7 @@ def generate(
         "dtype": dtype, "device": device, "offload": offload, "revision": revision,
     }  # fmt: skip
     parameters = _given({"strength": strength, "start": start, "stop": stop, "blocks": blocks, "site": site})
+    parameters |= dict(map(_pair, parameter or ()))
     with _plain_errors():
         from variegate.gallery import check_writable
         from variegate.request import Request
@@ -166,6 +182,41 @@ def models() -> None:
 
     for name in bundled_models():
         typer.echo(name)
+
+
+@app.command()
+def score(
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER", show_default=False)],
+    reference: Annotated[Path | None, typer.Option(help="Folder of images to measure the distance to.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File for the numbers.")] = None,
+) -> None:
+    """Measure the diversity of folders of images, within each prompt, and the distance to a reference."""
+    with _plain_errors():
+        from variegate.scoring import FEATURES, to_json
+        from variegate.scoring import score as measure
+
+        scores = measure(folders, reference)
+        if json_file is not None:
+            json_file.write_text(to_json(scores), encoding="utf-8")
+    table = Table("folder", "images", "groups", "Vendi", "mean distance", *(["KID x 1000"] if reference else []))
+    for found in scores:
+        kid = [] if found.kid is None else [f"{1000 * found.kid:.3f}"]
+        row = (str(found.images), str(found.groups), f"{found.vendi:.3f}", f"{found.distance:.3f}", *kid)
+        table.add_row(escape(found.name), *row)
+    Console().print(table)
+    Console().print(f"Features: {FEATURES}.", highlight=False)
+
+
+@app.command()
+def methods() -> None:
+    """List the diversity methods, their parameters and defaults."""
+    from variegate.request import METHODS, to_text
+
+    for name, cls in METHODS.items():
+        if cls is not None:
+            typer.echo(f"{name}: {(cls.__doc__ or '').splitlines()[0]}")
+            for option in dataclasses.fields(cls):
+                typer.echo(f"    {option.name}={to_text(option.default)}")
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,7 +74,7 @@ class Clock:
             self._latents, self._first = latents, None
         self._key = key
         sets = self._sets(architecture, latents, call[architecture.text])
-        return Step(self._index, self._total(), sets)
+        return Step(self._index, self._total(), sets, self._noise(now))
 
     def _moved(self, latents: Rows) -> bool:
         """Whether latents are others than those of the step's first call; the batches of its calls may differ."""
@@ -96,8 +97,23 @@ class Clock:
     def _total(self) -> int | None:
         if self.pipeline is None:
             return None
-        count = getattr(self.pipeline, "num_timesteps", None)
-        return int(count if count is not None else len(self._timesteps))
+        # What the pipeline counted may be of a run before.
+        count = getattr(self.pipeline, "num_timesteps", None) or math.inf
+        return int(min(count, len(self._timesteps)))
+
+    def _noise(self, now: float) -> float | None:
+        """Noise level of the step, from the scheduler's sigma or its cumulative alpha."""
+        scheduler: Any = getattr(self.pipeline, "scheduler", None)
+        if getattr(scheduler, "sigmas", None) is not None:
+            index = getattr(scheduler, "step_index", None)
+            sigma = float(
+                scheduler.sigmas[index if index is not None else getattr(scheduler, "begin_index", None) or 0]
+            )
+            return sigma if float(scheduler.sigmas.max()) <= 1 else sigma / (1 + sigma)  # flow matching ends at 1
+        if getattr(scheduler, "alphas_cumprod", None) is not None:
+            alpha = float(scheduler.alphas_cumprod[int(now)])
+            return math.sqrt(1 - alpha) / (math.sqrt(1 - alpha) + math.sqrt(alpha))
+        return None
 
     def _sets(self, architecture: Architecture, latents: Rows, text: Rows) -> tuple[SampleSet, ...]:
         branches = self._branches(architecture, latents, text)

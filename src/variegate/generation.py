@@ -65,7 +65,7 @@ def generate(request: Request, *, pipeline: Any | None = None, progress: Progres
         >>> [len(row.images) for row in gallery.groups[0].rows]
         [4, 4]
     """
-    if request.n == 1 and request.method != "none":
+    if request.n == 1 and request.intervention is not None and request.intervention.needs_company:
         warnings.warn(
             "n=1: a single picture has nothing to be different from, so it is the stock pipeline's.",
             stacklevel=2,
@@ -159,7 +159,7 @@ class _Run:
         self.intervention = request.intervention
         self.extract: Extractor | None = None
         if self.intervention is not None:
-            _attach(pipeline, self.intervention).remove()  # refuses before anything is made
+            _attach(pipeline, self.intervention, request.seed).remove()  # refuses before anything is made
         rows = (request.compare or self.intervention is None) + (self.intervention is not None)
         self.total, self.done = len(request.prompts) * rows * self.steps, 0
         kept = (
@@ -192,7 +192,7 @@ class _Run:
         )
 
     def _row(self, prompt: str, intervention: Intervention | None) -> Row:
-        with nullcontext() if intervention is None else _attach(self.pipeline, intervention):
+        with nullcontext() if intervention is None else _attach(self.pipeline, intervention, self.request.seed):
             images = self._images(prompt)
         vendi = distance = None
         if len(images) > 1:
@@ -248,10 +248,10 @@ class _Run:
             self.progress(done, self.total)
 
 
-def _attach(pipeline: Any, intervention: Intervention) -> Any:
+def _attach(pipeline: Any, intervention: Intervention, seed: int) -> Any:
     from variegate.attachment import attach
 
-    return attach(pipeline, intervention)
+    return attach(pipeline, intervention, seed=seed)
 
 
 def _cut(pipeline: Any, prompt: str, text_length: int | None) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -31,44 +32,81 @@ class Step:
         index: place of the step in its run, from 0.
         total: steps of the run; None where only a bare denoiser is known, whose run has no announced length.
         sets: the sample sets of the call; together they hold every row once.
+        noise: level in [0, 1], 1 is pure noise: the time of flow matching, sigma / (1 + sigma) for other schedulers;
+            None for a bare denoiser.
     """
 
     index: int
     total: int | None
     sets: tuple[SampleSet, ...]
+    noise: float | None = None
+
+
+@dataclass
+class Moment:
+    """What an edit of conditions or predictions may know besides its tensors.
+
+    Attributes:
+        noise: see `Step`.
+        samples: place in the batch of every sample that is edited, `[S][B]`.
+        seed: of the attachment.
+        index: of the step.
+    """
+
+    noise: float
+    samples: Sequence[Sequence[int]]
+    seed: int
+    index: int
+    _draws: int = 0
+
+    def randn(self, like: Tensor, *, fresh: bool = True) -> Tensor:
+        """Normal numbers in the shape `[S, B, ...]` of a tensor: an own stream for every sample.
+
+        Args:
+            like: gives shape, dtype and device.
+            fresh: another draw in every step, or the same in all of them.
+        """
+        return self._draw("normal_", like, fresh)
+
+    def rand(self, like: Tensor, *, fresh: bool = True) -> Tensor:
+        """Uniform numbers in [0, 1); see `randn`."""
+        return self._draw("uniform_", like, fresh)
+
+    def _draw(self, kind: str, like: Tensor, fresh: bool) -> Tensor:
+        import torch
+
+        self._draws += 1
+        drawn = torch.empty(like.shape)
+        for row, samples in zip(drawn, self.samples, strict=True):
+            for values, sample in zip(row, samples, strict=True):
+                name = f"{self.seed} {sample} {self._draws} {self.index if fresh else ''}"
+                digest = hashlib.blake2b(name.encode(), digest_size=7).digest()
+                getattr(values, kind)(generator=torch.Generator().manual_seed(int.from_bytes(digest, "big")))
+        return drawn.to(like)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Intervention(ABC):
-    """A method's hyper-parameters and its one edit; state of a run belongs to the `Attachment`.
+class Intervention(ABC):  # noqa: B024, what it edits is up to the classes below
+    """A method's hyper-parameters and its window; state of a run belongs to the `Attachment`.
+
+    A method derives from one of the classes below, which say where it acts, and overrides its `edit`.
 
     Attributes:
         start: first step of the window: an integer counts steps, a float in [0, 1] is a fraction of them.
         stop: end of the window, exclusive, in the same units; None is the end of the run.
-        blocks: "all", the "first", "middle" or "last" third, a slice, or indices, over the denoiser's joint
-            blocks in order (on Flux the dual-stream blocks, then the single-stream ones).
-        site: "context" (text tokens that leave a block), "attention" (text output of a block's attention,
-            before the gated residual), "image" (image tokens that leave a block), or "cross_attention" (what the
-            text contributes to the image tokens, in models whose text never reads the image).
         branch: "both" guidance branches, each among its own samples, or only "cond" or "uncond".
-        padding: whether padding tokens of the text take part, where the denoiser is told which they are.
 
     Raises:
-        ValueError: if the window or the site is not of these forms.
+        ValueError: if the window or the branch is not of these forms.
     """
 
     start: int | float = 0
     stop: int | float | None = None
-    blocks: str | slice | Sequence[int] = "all"
-    site: Site = "context"
     branch: Literal["both", "cond", "uncond"] = "both"
-    padding: bool = True
 
-    skips_last: ClassVar[bool] = True  # of the text that leaves the last block, which nobody reads
+    needs_company: ClassVar[bool] = True  # a set of one is left alone
 
     def __post_init__(self) -> None:
-        if self.site not in SITES:
-            raise ValueError(f"site={self.site!r} is unknown; use one of {', '.join(SITES)}.")
         if self.branch not in ("both", "cond", "uncond"):
             raise ValueError(f"branch={self.branch!r} is unknown; use 'both', 'cond' or 'uncond'.")
         for name in ("start", "stop"):
@@ -81,26 +119,11 @@ class Intervention(ABC):
                     f"{name}={value!r} is no place in a run; use a step count (an integer from 0) "
                     "or a fraction of the steps (a float from 0.0 to 1.0)."
                 )
-        if isinstance(self.blocks, str) and self.blocks not in ("all", *THIRDS):
-            raise ValueError(
-                f"blocks={self.blocks!r} is unknown; use 'all', 'first', 'middle', 'last', a slice or indices."
-            )
 
     @property
     def enabled(self) -> bool:
         """Whether the edit can change anything at all; an attachment skips interventions that can't."""
         return True
-
-    @abstractmethod
-    def edit(self, tokens: Tensor) -> Tensor:
-        """Map the samples of each set to new ones.
-
-        Args:
-            tokens: `[S, B, N, D]`: S sets that must not influence each other, of B samples, N tokens, D channels.
-
-        Returns:
-            The same shape and dtype.
-        """
 
     def active(self, step: Step) -> bool:
         """Whether the window holds this step.
@@ -124,6 +147,50 @@ class Intervention(ABC):
         # Fractions such as 0.3 are not exact: 0.3 * 10 must still be step 3.
         return math.ceil(value * step.total - 1e-9)
 
+
+@dataclass(frozen=True, kw_only=True)
+class TokenIntervention(Intervention):
+    """Edits tokens on their way through the denoiser.
+
+    Attributes:
+        blocks: "all", the "first", "middle" or "last" third, a slice, or indices, over the denoiser's joint
+            blocks in order (on Flux the dual-stream blocks, then the single-stream ones).
+        site: "context" (text tokens that leave a block), "attention" (text output of a block's attention,
+            before the gated residual), "image" (image tokens that leave a block), or "cross_attention" (what the
+            text contributes to the image tokens, in models whose text never reads the image).
+        padding: whether padding tokens of the text take part, where the denoiser is told which they are.
+        start, stop, branch: see `Intervention`.
+
+    Raises:
+        ValueError: if the site or the blocks are not of these forms.
+    """
+
+    blocks: str | slice | Sequence[int] = "all"
+    site: Site = "context"
+    padding: bool = True
+
+    skips_last: ClassVar[bool] = True  # of the text that leaves the last block, which nobody reads
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.site not in SITES:
+            raise ValueError(f"site={self.site!r} is unknown; use one of {', '.join(SITES)}.")
+        if isinstance(self.blocks, str) and self.blocks not in ("all", *THIRDS):
+            raise ValueError(
+                f"blocks={self.blocks!r} is unknown; use 'all', 'first', 'middle', 'last', a slice or indices."
+            )
+
+    @abstractmethod
+    def edit(self, tokens: Tensor) -> Tensor:
+        """Map the samples of each set to new ones.
+
+        Args:
+            tokens: `[S, B, N, D]`: S sets that must not influence each other, of B samples, N tokens, D channels.
+
+        Returns:
+            The same shape and dtype.
+        """
+
     def select(self, count: int) -> frozenset[int]:
         """Indices of the chosen blocks among `count`.
 
@@ -145,3 +212,60 @@ class Intervention(ABC):
         if not len(chosen):
             raise ValueError(f"blocks={self.blocks!r} selects none of the denoiser's {count} joint blocks.")
         return frozenset(chosen)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionIntervention(Intervention):
+    """Edits the prompt's embeddings before the denoiser reads them, at every step anew from the originals."""
+
+    needs_company: ClassVar[bool] = False
+
+    @abstractmethod
+    def edit(self, embeddings: Tensor, moment: Moment) -> Tensor:
+        """Map the embeddings of each sample to new ones.
+
+        Args:
+            embeddings: `[S, B, N, D]` token embeddings or `[S, B, D]` pooled ones.
+            moment: noise level, and random numbers.
+
+        Returns:
+            The same shape and dtype.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictionIntervention(Intervention):
+    """Edits what the denoiser predicts: noise, or the velocity from the image towards noise."""
+
+    @abstractmethod
+    def edit(self, prediction: Tensor, latents: Tensor, moment: Moment) -> Tensor:
+        """Map the predictions of each set to new ones.
+
+        Args:
+            prediction: `[S, B, ...]`, S sets of B samples; it grows towards noise.
+            latents: the same shape, what the denoiser was given.
+            moment: noise level, and random numbers.
+
+        Returns:
+            The same shape and dtype.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidanceIntervention(Intervention):
+    """Edits the unconditional prediction by the conditional one, and so what guidance does with the two."""
+
+    needs_company: ClassVar[bool] = False
+
+    @abstractmethod
+    def edit(self, unconditional: Tensor, conditional: Tensor, moment: Moment) -> Tensor:
+        """The unconditional prediction that guidance is to see.
+
+        Args:
+            unconditional: `[S, B, ...]`, S sets of B samples.
+            conditional: the same shape.
+            moment: noise level, and random numbers.
+
+        Returns:
+            The same shape and dtype.
+        """

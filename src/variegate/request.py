@@ -8,13 +8,25 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from variegate.emoji.models import DEVICES, DTYPES, OFFLOADS
-from variegate.interventions import ContextualRepulsion
+from variegate.interventions import (
+    CADS,
+    DAVE,
+    ContextualRepulsion,
+    IntervalGuidance,
+    ParticleGuidance,
+    SeedVariance,
+)
 
 if TYPE_CHECKING:
     from variegate.intervention import Intervention
 
 METHODS: Mapping[str, type[Intervention] | None] = {
     "contextual-repulsion": ContextualRepulsion,
+    "cads": CADS,
+    "dave": DAVE,
+    "interval-guidance": IntervalGuidance,
+    "particle-guidance": ParticleGuidance,
+    "seed-variance": SeedVariance,
     "none": None,
 }
 

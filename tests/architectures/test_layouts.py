@@ -15,7 +15,7 @@ from denoisers import CALLS, CONFIGS, CROSSING, IMAGE_ONLY, JOINT, ROWS, find_cl
 from diffusers.models import transformers
 from torch import nn
 
-from variegate import ContextualRepulsion, Intervention, attach, check_layout
+from variegate import ContextualRepulsion, TokenIntervention, attach, check_layout
 from variegate.architectures import architecture_of, known_architectures
 from variegate.architectures.layout import Part
 from variegate.objectives import Vendi
@@ -82,7 +82,7 @@ def twice(call, latents):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recorder(Intervention):
+class Recorder(TokenIntervention):
     seen: list[torch.Tensor] = field(default_factory=list, compare=False)
 
     def edit(self, tokens):

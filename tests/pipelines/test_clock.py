@@ -14,7 +14,7 @@ from diffusers import StableDiffusionInstructPix2PixPipeline
 from torch import Tensor
 
 from pipelines import IMAGES, PICTURES, PIPELINES, PROMPTS, Pipeline
-from variegate import ContextualRepulsion, Intervention, attach
+from variegate import ContextualRepulsion, TokenIntervention, attach
 from variegate.architectures import architecture_of
 
 COND, UNCOND = "cond", "uncond"
@@ -92,7 +92,7 @@ class Trace:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recorder(Intervention):
+class Recorder(TokenIntervention):
     """Keeps in which call it acted, and on which rows."""
 
     trace: Trace

@@ -31,4 +31,5 @@ HIDREAM = Architecture(
         single("single_stream_blocks", _text, _image, attention="block.attn1"),
     ),
     text="encoder_hidden_states_t5",
+    sign=-1,
 )

@@ -22,5 +22,6 @@ IDEOGRAM4 = Architecture(
     "Ideogram4Transformer2DModel",
     (single("layers", _stretch(_TEXT), _stretch(_IMAGE), attention="attention"),),
     branches=(),
+    sign=-1,
     output=Part(tokens=_stretch(_IMAGE)),
 )

@@ -118,6 +118,7 @@ class Architecture:
         text: name of the argument that holds the text embeddings, rows first, or a list of rows.
         real: which text tokens are not padding, bool `[rows, N]`, True for real ones, from the denoiser's
             arguments; None where they don't tell.
+        sign: -1 where the prediction grows towards the image, as pipelines turn it; 1 where it grows towards noise.
         output: where the image tokens are in what the denoiser returns; None: it returns nothing else.
         no_context: why there is no contextual space, where there is none.
     """
@@ -128,6 +129,7 @@ class Architecture:
     latents: str = "hidden_states"
     text: str = "encoder_hidden_states"
     real: Callable[[Call], Tensor | None] | None = None
+    sign: int = 1
     output: Part | None = None
     no_context: str = ""
 

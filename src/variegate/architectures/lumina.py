@@ -22,4 +22,4 @@ def _image(call: Call) -> Place:
     return found[0] if len(set(lengths)) == 1 else found
 
 
-LUMINA2 = Architecture("Lumina2Transformer2DModel", (single("layers", _text, _image),), branches=())
+LUMINA2 = Architecture("Lumina2Transformer2DModel", (single("layers", _text, _image),), branches=(), sign=-1)

@@ -69,4 +69,5 @@ Z_IMAGE = Architecture(
     latents="x",
     text="cap_feats",
     real=_real,
+    sign=-1,
 )

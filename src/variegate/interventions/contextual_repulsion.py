@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from variegate.intervention import Intervention
+from variegate.intervention import TokenIntervention
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +18,7 @@ PAPER = {"flux-dev": (50, 1), "sd3.5-large": (100, 4), "sd3.5-turbo": (100, 1)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContextualRepulsion(Intervention):
+class ContextualRepulsion(TokenIntervention):
     """Push the images of one prompt apart in the contextual space, block by block, in the early steps.
 
     At each chosen block every sample's tokens, flattened to one vector c_i, take `inner_steps` gradient steps up
@@ -35,7 +35,7 @@ class ContextualRepulsion(Intervention):
         target: stop pushing within a block once its Vendi score is this high, in images; None: never.
         preserve_norm: keep the length of every c_i.
         tokens: which text tokens take part: None for all, a slice, or indices.
-        start, stop, blocks, site, branch: see `Intervention`.
+        start, stop, blocks, site, branch, padding: see `TokenIntervention`.
 
     Raises:
         ValueError: if a value is out of its range.
@@ -95,7 +95,7 @@ class ContextualRepulsion(Intervention):
         return (self.strength if self.eta is None else self.eta) > 0
 
     def edit(self, tokens: Tensor) -> Tensor:
-        """Take the inner steps; see `Intervention.edit`."""
+        """Take the inner steps; see `TokenIntervention.edit`."""
         if self.tokens is None:
             return self._flow(tokens)
         chosen = self.tokens if isinstance(self.tokens, slice) else list(self.tokens)

@@ -1,0 +1,206 @@
+"""The methods beside contextual repulsion: against a second derivation, and on whole pipelines."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+
+import pytest
+import torch
+
+from test_attach import hook_count, run
+from tiny import tiny_flux, tiny_sd3
+from variegate import CADS, DAVE, IntervalGuidance, ParticleGuidance, Request, SeedVariance, attach, generate
+from variegate.intervention import Moment
+
+METHODS = {
+    "cads": (CADS(strength=0.5), CADS(strength=0.0)),
+    "dave": (DAVE(keep=0.5), DAVE(keep=1.0)),
+    "interval-guidance": (IntervalGuidance(high=0.8), IntervalGuidance(low=0.0, high=1.0)),
+    "particle-guidance": (ParticleGuidance(strength=100.0), ParticleGuidance(strength=0.0)),
+    "seed-variance": (SeedVariance(strength=1.0), SeedVariance(strength=0.0)),
+}
+ALONE = ("cads", "dave", "interval-guidance", "seed-variance")  # act on a single image
+BUILDERS = {"sd3": tiny_sd3, "flux": tiny_flux}
+
+
+@pytest.fixture(scope="module", params=BUILDERS)
+def pipe(request):
+    return BUILDERS[request.param]()
+
+
+def moment(noise=0.8, samples=((0, 1, 2),), seed=0, index=0):
+    return Moment(noise, samples, seed, index)
+
+
+def embeddings(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
+def test_cads_is_its_equation():
+    y = embeddings(1, 3, 4, 5)
+    noised = CADS(strength=0.3, clear=0.5, blind=0.9, rescaling=0.25).edit(y, moment(noise=0.8))
+    noise = moment().randn(y)
+    for old, new, n in zip(y[0], noised[0], noise[0], strict=True):
+        gamma = (0.9 - 0.8) / (0.9 - 0.5)
+        plain = math.sqrt(gamma) * old + 0.3 * math.sqrt(1 - gamma) * n
+        rescaled = (plain - plain.mean()) / plain.std() * old.std() + old.mean()
+        torch.testing.assert_close(new, 0.25 * rescaled + 0.75 * plain, rtol=1e-5, atol=1e-5)
+    assert CADS().edit(y, moment(noise=0.5)) is y
+    blind = CADS(rescaling=0.0, strength=0.3).edit(y, moment(noise=0.95))
+    torch.testing.assert_close(blind, 0.3 * noise, rtol=1e-5, atol=1e-5)
+
+
+def test_seed_variance_is_its_equation():
+    y = embeddings(1, 3, 40, 50)
+    new = SeedVariance(strength=2.0, share=0.25).edit(y, moment())
+    width = 2.0 * y.flatten(2).std(-1)[..., None, None]
+    relative = (new - y) / width
+    assert relative.abs().max() <= 1
+    assert abs((relative.abs() > 1e-6).double().mean() - 0.25) < 0.02
+    moved = relative[relative.abs() > 1e-6]
+    assert abs(moved.mean()) < 0.05
+    assert abs(moved.std() - 1 / math.sqrt(3)) < 0.02
+    assert torch.equal(new, SeedVariance(strength=2.0, share=0.25).edit(y, moment(index=3)))  # the same in every step
+
+
+@pytest.mark.parametrize("samples", [2, 3, 5])
+def test_particle_guidance_is_the_gradient_of_its_potential(samples):
+    x = embeddings(1, samples, 4, 5)
+    prediction = torch.zeros_like(x)
+    pushed = ParticleGuidance(strength=3.0).edit(prediction, x, moment(noise=0.7))
+    rows = x[0].flatten(1)
+    squares = torch.cdist(rows, rows) ** 2
+    for i in range(samples):
+        width = torch.cat([squares[i, :i], squares[i, i + 1 :]]).median() / math.log(samples)
+        row = rows[i].clone().requires_grad_()
+        potential = sum((-((row - rows[j]) ** 2).sum() / width).exp() for j in range(samples) if j != i)
+        (gradient,) = torch.autograd.grad(potential, row)
+        torch.testing.assert_close(pushed[0, i].flatten(), 3.0 * 0.7 * gradient)
+    # Predictions grow towards noise, so a step against them goes down the potential: away from the others.
+    step = (x - 0.1 * pushed)[0].flatten(1)
+    assert torch.pdist(step).sum() > torch.pdist(rows).sum()
+    assert ParticleGuidance().edit(prediction, x, moment(noise=0.4)) is prediction
+
+
+def test_interval_guidance_is_its_equation():
+    unconditional, conditional = embeddings(1, 2, 3), embeddings(1, 2, 3) + 1
+    for noise, inside in ((0.2, False), (0.22, False), (0.5, True), (0.84, True), (0.9, False)):
+        assert IntervalGuidance().edit(unconditional, conditional, moment(noise)) is (
+            unconditional if inside else conditional
+        )
+
+
+def test_dave_is_its_equation():
+    h = embeddings(1, 2, 7, 3)
+    mean = h.mean(2, keepdim=True)
+    torch.testing.assert_close(DAVE(keep=0.3).edit(h), 0.3 * mean + (h - mean))
+
+
+def test_every_sample_has_a_stream_of_its_own():
+    y = torch.zeros(1, 3, 4)
+    noise = moment().randn(y)[0]
+    assert len({tuple(row.tolist()) for row in noise}) == 3
+    assert torch.equal(moment(samples=((2, 0),)).randn(y[:, :2])[0], noise[[2, 0]])
+    assert torch.equal(moment().randn(y)[0], noise)
+    for other in (moment(seed=1), moment(index=1)):
+        assert not torch.equal(other.randn(y)[0], noise)
+    twice = moment()
+    assert not torch.equal(twice.randn(y), twice.randn(y))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_on_a_pipeline(pipe, name):
+    on, off = METHODS[name]
+    guided = {"true_cfg_scale": 3.0, "negative_prompt": "a dog"} if "Flux" in type(pipe).__name__ else {}
+    stock, hooks = run(pipe, **guided), hook_count(pipe)
+    with attach(pipe, off):
+        assert torch.equal(run(pipe, **guided), stock)
+    with attach(pipe, on):
+        changed = run(pipe, **guided)
+        assert torch.equal(run(pipe, **guided), changed)  # the same seeds, the same images
+    assert changed.isfinite().all()
+    assert not torch.equal(changed, stock)
+    assert hook_count(pipe) == hooks
+    assert torch.equal(run(pipe, **guided), stock)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_one_image_and_two(pipe, name):
+    on, _ = METHODS[name]
+    guided = {"true_cfg_scale": 3.0, "negative_prompt": "a dog"} if "Flux" in type(pipe).__name__ else {}
+    for n in (1, 2):
+        stock = run(pipe, n=n, **guided)
+        with attach(pipe, on), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            changed = run(pipe, n=n, **guided)
+        assert changed.isfinite().all()
+        assert torch.equal(changed, stock) == (n == 1 and name not in ALONE)
+
+
+def test_the_seed_of_an_attachment(pipe):
+    made = []
+    for seed in (0, 0, 1):
+        with attach(pipe, CADS(strength=0.5), seed=seed):
+            made.append(run(pipe, n=2))
+    assert torch.equal(made[0], made[1])
+    assert not torch.equal(made[0], made[2])
+
+
+def test_interval_guidance_off_everywhere_is_the_conditional_model():
+    pipe = tiny_sd3()
+    with attach(pipe, IntervalGuidance(low=0.0, high=1e-9)):
+        unguided = run(pipe, guidance_scale=7.0)
+    torch.testing.assert_close(unguided, run(pipe, guidance_scale=1.0), rtol=1e-4, atol=1e-4)
+    pipe = tiny_flux()
+    with attach(pipe, IntervalGuidance(low=0.0, high=1e-9)):
+        unguided = run(pipe, true_cfg_scale=7.0, negative_prompt="a dog")
+    torch.testing.assert_close(unguided, run(pipe), rtol=1e-4, atol=1e-4)
+
+
+def test_methods_compose(pipe):
+    both = [CADS(strength=0.5), ParticleGuidance(strength=100.0)]
+    with attach(pipe, *both):
+        together = run(pipe, n=2)
+    # The second attachment sees conditions that differ between the images: it must be told what belongs together.
+    with attach(pipe, both[0]), attach(pipe, both[1], groups=[0, 0]):
+        nested = run(pipe, n=2)
+    assert torch.equal(together, nested)
+    with attach(pipe, both[0]):
+        assert not torch.equal(run(pipe, n=2), together)
+
+
+def test_a_bare_denoiser_has_no_noise_level(pipe):
+    with attach(pipe.transformer, CADS()), pytest.raises(ValueError, match="The noise level is unknown"):
+        run(pipe)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_through_a_request(name):
+    on, _ = METHODS[name]
+    parameters = {option.name: getattr(on, option.name) for option in dataclasses.fields(on)}
+    request = Request(("a cat",), n=2, model="tiny", method=name, parameters=parameters, steps=3, height=16, width=16)
+    gallery = generate(dataclasses.replace(request, seed=4), pipeline=tiny_sd3())
+    stock, changed = gallery.groups[0].rows
+    assert changed.method == name
+    assert any(list(a.getdata()) != list(b.getdata()) for a, b in zip(stock.images, changed.images, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: CADS(strength=-1), "strength=-1 is out of range"),
+        (lambda: CADS(clear=0.9, blind=0.5), "clear=0.9 and blind=0.5 are no noise levels in order"),
+        (lambda: CADS(rescaling=2), "rescaling=2 is out of range"),
+        (lambda: SeedVariance(strength=math.nan), "strength=nan is out of range"),
+        (lambda: SeedVariance(share=1.5), "share=1.5 is out of range"),
+        (lambda: IntervalGuidance(low=0.5, high=0.5), "low=0.5 and high=0.5 are no noise levels in order"),
+        (lambda: ParticleGuidance(strength=math.inf), "strength=inf is out of range"),
+        (lambda: ParticleGuidance(low=-0.1), "low=-0.1 is out of range"),
+        (lambda: DAVE(keep=math.inf), "keep=inf is no finite number"),
+    ],
+)
+def test_bad_settings_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
