@@ -42,7 +42,9 @@ from diffusers import (
 from diffusers.hooks import apply_faster_cache
 from diffusers.models import _modeling_parallel
 from diffusers.modular_pipelines.stable_diffusion_3 import StableDiffusion3AutoBlocks
+from peft import LoraConfig
 from torch import Tensor, nn
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from tiny import tiny_flux, tiny_sd3
 from variegate import ContextualRepulsion, attach
@@ -217,7 +219,25 @@ def quantised(pipe: Any) -> Any:
     return pipe
 
 
+def quantised_by_torchao(pipe: Any) -> Any:
+    quantize_(pipe.transformer, Int8WeightOnlyConfig(version=2))
+    return pipe
+
+
 # Adapters and guidance.
+
+
+def with_lora(pipe: Any) -> Any:
+    config = LoraConfig(r=2, target_modules=["to_q", "to_v", "add_k_proj"], init_lora_weights=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipe.transformer.add_adapter(config)
+    return pipe
+
+
+def with_fused_lora(pipe: Any) -> Any:
+    with_lora(pipe).transformer.fuse_lora()
+    return pipe
 
 
 def weights(*shape: int) -> Tensor:
@@ -486,6 +506,9 @@ CASES = (
     Case("`enable_group_offload`, by leaf", offloaded_by_group("leaf_level"), note="run with the CPU as the device"),
     Case("`enable_layerwise_casting` to fp8", cast_by_layer, reference=rounded),
     Case("int8 weights (`torch.ao.quantization.quantize_dynamic`)", quantised, own=True),
+    Case("int8 weights (torchao)", quantised_by_torchao, own=True),
+    Case("LoRA", with_lora, own=True),
+    Case("LoRA, fused", with_fused_lora, own=True),
     Case("IP-Adapter", with_ip_adapter, tiny_flux, run_with_ip_adapter, own=True),
     Case("ControlNet", with_control_net, run=run_with_control_net, own=True),
     Case(
@@ -563,8 +586,7 @@ UNTESTED = {
     "CUDA graphs": "no GPU; the edit's operator is tagged `cudagraph_unsafe`, so that graphs are cut around it",
     "the inductor backend": "a minute of C++ compilation; tried by hand with torch 2.13: the same, in both orders",
     "offloading to an accelerator": "no GPU; the same hooks run above with the CPU as the device",
-    "LoRA": "peft is not among the pinned packages",
-    "torchao, bitsandbytes, GGUF": "not among the pinned packages",
+    "bitsandbytes, GGUF": "need a GPU, or a checkpoint in that format; they change linear layers only",
     "`SeaCacheConfig`": "needs a pipeline that tells `cache_context` its step",
     "modular pipelines with `SkipLayerGuidance`": "on SD3 it fails in diffusers 0.42.1 itself, with nothing attached",
     "tensor parallelism": "needs several accelerators; it splits weights, not tokens",
