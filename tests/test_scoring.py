@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from tiny import tiny_sd3
 from variegate import Request, generate
 from variegate.cli import app
+from variegate.diagnosis import diagnose
 from variegate.metrics import efficientnet_lite0, kid, mean_pairwise_distance, vendi_score
 from variegate.scoring import score
 
@@ -92,3 +93,31 @@ def test_bad_folders_are_one_sentence(tmp_path):
     assert "has no two images of one prompt" in error(tmp_path)
     (tmp_path / "two.png").write_bytes(b"not an image")
     assert "two.png can't be read as a picture" in error(tmp_path)
+
+
+def test_a_diagnosis_is_between_its_two_extremes():
+    pipe = tiny_sd3()
+    request = Request(("a cat",), n=4, model="tiny", steps=2, method="none")
+    found = diagnose(request, pipeline=pipe)
+    prompt, independent = (group.rows[0] for group in found.gallery.groups)
+    assert found.typicality == pytest.approx(min(1, max(0, 1 - (prompt.vendi - 1) / (independent.vendi - 1))), abs=1e-6)
+    features = efficientnet_lite0()(prompt.images)
+    similarity = (features @ features.T).sum(1)
+    assert (similarity[:-1] >= similarity[1:]).all()
+    seeds = generate(request, pipeline=pipe).groups[0].rows[0].images
+    assert sorted(image.tobytes() for image in seeds) == sorted(image.tobytes() for image in prompt.images)
+    assert found.gallery.groups[1].prompt.startswith("independent prompts: red apple, rocket")
+
+
+def test_a_diagnosis_refuses_what_it_cannot_do(tmp_path):
+    for change, message in ((("a", "b"), "a diagnosis is of one prompt"), (("a",), "n=1 is out of range")):
+        with pytest.raises(ValueError, match=message):
+            diagnose(Request(change, n=1, method="none"))
+    result = CliRunner().invoke(app, ["diagnose", "an animal", "-n", "17"])
+    assert result.exit_code == 2
+    assert "n=17 is out of range" in result.stderr
+    command = ["diagnose", "an animal", "-n", "3", "--steps", "4", "-o", str(tmp_path / "sheets" / "d.png")]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert "% typical" in result.stdout
+    assert Image.open(tmp_path / "sheets" / "d.png").width > 300

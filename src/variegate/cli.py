@@ -184,6 +184,38 @@ def models() -> None:
         typer.echo(name)
 
 
+@app.command(cls=_Documented)
+def diagnose(
+    prompt: Annotated[str, typer.Argument(show_default=False)],
+    n: Annotated[int | None, typer.Option("-n", help="Pictures, 2 to 16.")] = None,
+    model: Annotated[str | None, typer.Option(help="Bundled model, pipeline folder or hub id.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the first picture; the next has the next.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default="the model's")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale.", show_default="the model's")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="File for the sheet.")] = Path("diagnosis.png"),
+) -> None:
+    """Is a model typical on a prompt? Its pictures beside those of prompts that have nothing in common."""
+    options = {"n": n, "model": model, "seed": seed, "steps": steps, "guidance": guidance, "device": device}
+    with _plain_errors():
+        from variegate.gallery import check_writable
+        from variegate.request import Request
+
+        request = Request((prompt,), method="none", **_given(options))
+        check_writable(output.parent)
+        with _progress(f"loading {request.model}") as report:
+            from variegate.diagnosis import diagnose as run
+
+            found = run(request, progress=report)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        found.gallery.sheet().save(output)
+    own, others = (group.rows[0].vendi for group in found.gallery.groups)
+    typer.echo(
+        f"{request.n} pictures of {prompt!r} are as varied as {own:.2f} distinct ones, of independent prompts as "
+        f"{others:.2f}: {found.typicality:.0%} typical. The most typical picture comes first in {output}"
+    )
+
+
 @app.command()
 def score(
     folders: Annotated[list[Path], typer.Argument(metavar="FOLDER", show_default=False)],
