@@ -28,6 +28,8 @@ def main() -> None:
     parser.add_argument("-n", type=int, default=8, help="images")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--strength", type=float, default=ContextualRepulsion().strength)
+    parser.add_argument("--blocks", default=ContextualRepulsion().blocks)
+    parser.add_argument("--inner-steps", type=int, default=ContextualRepulsion().inner_steps)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -35,7 +37,7 @@ def main() -> None:
     pipe = load_pipeline(args.model)
     pipe.set_progress_bar_config(disable=True)
     call = {**call_defaults(args.model), "num_inference_steps": args.steps, "num_images_per_prompt": args.n}
-    repulsion = ContextualRepulsion(strength=args.strength)
+    repulsion = ContextualRepulsion(strength=args.strength, blocks=args.blocks, inner_steps=args.inner_steps)
 
     def generate() -> float:
         generators = [torch.Generator().manual_seed(i) for i in range(args.n)]

@@ -431,6 +431,11 @@ def test_bad_settings_are_refused(kwargs, message):
         ContextualRepulsion(**kwargs)
 
 
+@pytest.mark.parametrize(("count", "blocks", "expected"), [(1, "first", 0), (1, "last", 0), (2, "middle", 0)])
+def test_a_third_of_few_blocks_is_one(count, blocks, expected):
+    assert Recorder(blocks=blocks).select(count) == {expected}
+
+
 def test_a_selection_of_no_blocks_is_refused():
     with pytest.raises(ValueError, match=r"selects none of the denoiser's 4 joint blocks"):
         ContextualRepulsion(blocks=slice(2, 2)).select(4)

@@ -59,11 +59,15 @@ def summary(found: list[Report]) -> dict[str, float]:
 
 
 def parse(setting: str) -> dict[str, Any]:
-    """`strength=0.5, blocks=middle` to keyword arguments."""
-    values = dict(part.split("=", 1) for part in re.split(r",\s*(?=\w+=)", setting))
-    return {
-        name: json.loads(value) if value[0] in "0123456789[" else from_text(value) for name, value in values.items()
-    }
+    """`strength=0.5, blocks=0:2` to keyword arguments."""
+
+    def value(text: str) -> Any:
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError:
+            return from_text(text)
+
+    return {name: value(text) for name, text in (part.split("=", 1) for part in re.split(r",\s*(?=\w+=)", setting))}
 
 
 def method(setting: str) -> Intervention:

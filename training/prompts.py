@@ -5,6 +5,8 @@ from __future__ import annotations
 GENERIC_TUNING = (
     "a bird", "a boat", "a dessert", "a flower", "a mammal", "a vehicle", "a vegetable", "a bug",
     "an animal, 3d style", "food, glossy style", "a plant, soft style", "a heart, bold flat style",
+    "a boat, 3d style", "a dessert, soft style", "a mammal, black and white style", "a bird, bold flat style",
+    "a flower, glossy style", "a vehicle, bright flat style", "a vegetable, 3d style", "a bug, glossy style",
 )  # fmt: skip
 GENERIC_HELDOUT = (
     "an animal", "food", "a plant", "a fruit", "a heart", "a land vehicle", "a reptile", "a sea animal",

@@ -167,7 +167,13 @@ def main() -> None:
     data = np.load(args.data)
     items = drawings(data)
     captions = Captions(items)
-    tokenizer = train_tokenizer(captions.texts(), args.out / "tokenizer")
+    # Never trained anew for weights that exist: the trainer breaks ties at random, and ids would change their meaning.
+    trained = [folder for folder in (args.out, args.init) if folder and (folder / "tokenizer").is_dir()]
+    if trained:
+        tokenizer = CLIPTokenizer.from_pretrained(trained[0] / "tokenizer")
+        tokenizer.save_pretrained(args.out / "tokenizer")
+    else:
+        tokenizer = train_tokenizer(captions.texts(), args.out / "tokenizer")
     vae = AutoencoderKL.from_pretrained(args.autoencoder).eval()
     latents = encode_latents(vae, torch.from_numpy(data["images"])[[item.row for item in items]])
     vae.save_pretrained(args.out / "vae")

@@ -202,6 +202,8 @@ class TokenIntervention(Intervention):
             third = [round(count * i / 3) for i in range(4)]
             place = THIRDS.index(self.blocks) if self.blocks != "all" else None
             chosen = every if place is None else every[third[place] : third[place + 1]]
+            if not len(chosen):  # a third of one block or two
+                chosen = every[max(third[place or 0] - 1, 0) :][:1]
         elif isinstance(self.blocks, slice):
             chosen = every[self.blocks]
         else:

@@ -101,7 +101,7 @@ def test_off_is_bit_identical_and_on_is_not(name):
     model, call = tiny(name), CALLS[name]()
     stock = forward(model, call)
     for strength in (0.0, 1.0):
-        with attach(model, ContextualRepulsion(strength=strength, stop=None, site=site_of(name))):
+        with attach(model, ContextualRepulsion(strength=strength, stop=None, blocks="all", site=site_of(name))):
             assert torch.equal(forward(model, call), stock) == (strength == 0)
     assert torch.equal(forward(model, call), stock)
 
@@ -125,7 +125,7 @@ def test_groups_do_not_touch_each_other(name):
     last = [x.clone() for x in call[latents]]
     last[3] = last[3].flip(-2)
     other[latents] = last if isinstance(call[latents], list) else torch.stack(last)
-    repulsion = ContextualRepulsion(strength=1.0, stop=None, site=site_of(name))
+    repulsion = ContextualRepulsion(strength=1.0, stop=None, blocks="all", site=site_of(name))
 
     def rows(call):
         found = forward(model, call)
@@ -150,7 +150,7 @@ def test_bfloat16_stays_finite(name):
 
     model, call = tiny(name).bfloat16(), {key: half(value) for key, value in CALLS[name]().items()}
     stock = forward(model, call)
-    with attach(model, ContextualRepulsion(strength=5.0, stop=None)):
+    with attach(model, ContextualRepulsion(strength=5.0, stop=None, blocks="all")):
         repelled = forward(model, call)
     assert repelled.isfinite().all()
     assert not torch.equal(repelled, stock)
@@ -235,7 +235,7 @@ def test_rows_of_different_length():
     recorder = Recorder(blocks=[0])
     with torch.no_grad():
         stock = forward(model, call)
-        with attach(model, recorder, ContextualRepulsion(stop=None, strength=1.0)):
+        with attach(model, recorder, ContextualRepulsion(stop=None, blocks="all", strength=1.0)):
             repelled = forward(model, call)
     [tokens] = recorder.seen
     assert tokens.shape[:3] == (2, 2, 5)

@@ -46,8 +46,8 @@ class ContextualRepulsion(TokenIntervention):
         are those of docs/LOG.md, for 20-step models with guidance.
 
     Example:
-        >>> ContextualRepulsion(strength=0.8, blocks="middle", stop=0.2).inner_steps
-        20
+        >>> ContextualRepulsion(strength=2.0, stop=0.3).inner_steps
+        5
         >>> settings = ContextualRepulsion.paper("flux-dev", eta=1e8)
         >>> settings.inner_steps, settings.stop, settings.blocks
         (50, 1, 'all')
@@ -56,7 +56,8 @@ class ContextualRepulsion(TokenIntervention):
     strength: float = 1.0
     stop: int | float | None = 0.2
     eta: float | None = None
-    inner_steps: int = 20
+    blocks: str | slice | Sequence[int] = "middle"
+    inner_steps: int = 5
     objective: str = "vendi"
     order: float = 1.0
     target: float | None = None
