@@ -9,7 +9,7 @@ from pathlib import Path
 
 from denoisers import CALLS, tiny
 
-from variegate.architectures import architecture_of, known_architectures
+from variegate.architectures import _BUNDLED, architecture_of
 from variegate.check import check_layout
 from variegate.intervention import SITES
 
@@ -43,7 +43,7 @@ def row(name: str) -> str:
 def page() -> str:
     """The whole page."""
     rows = "".join(row(name) for name in sorted(CALLS))
-    derived = sorted(set(known_architectures("image")) - set(CALLS))
+    derived = sorted({record.denoiser for record in _BUNDLED if record.blocks} - set(CALLS))
     return HEAD + rows + TAIL.format(derived=", ".join(f"`{name}`" for name in derived))
 
 
