@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 
-from tiny import tiny_flux, tiny_sd3
+from tiny import Recorder, tiny_flux, tiny_sd3
 from variegate import ContextualRepulsion, Intervention, TokenIntervention, attach
 from variegate.architectures import Architecture, architecture_of, dual, register_architecture
 from variegate.objectives import objective
@@ -47,17 +47,6 @@ def hook_count(pipe) -> int:
 
 def joint_blocks(pipe) -> list[nn.Module]:
     return [block for layout in architecture_of(pipe.transformer).blocks for block in layout.of(pipe.transformer)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recorder(TokenIntervention):
-    """Keeps what it is given; changes nothing."""
-
-    seen: list[torch.Tensor] = field(default_factory=list, compare=False)
-
-    def edit(self, tokens):
-        self.seen.append(tokens.clone())
-        return tokens
 
 
 @dataclass(frozen=True, kw_only=True)

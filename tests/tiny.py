@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -22,12 +24,25 @@ from transformers import (
     T5Tokenizer,
 )
 
+from variegate import TokenIntervention
+
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 CLIP_LENGTH = 24  # letters of a prompt that the CLIP encoders take, plus 2
 SAMPLE_SIZE = 8  # latent pixels; an image has twice as many
 CHANNELS = 4
 WIDTH = 16
 TEXT = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recorder(TokenIntervention):
+    """Keeps what it is given; changes nothing."""
+
+    seen: list[torch.Tensor] = field(default_factory=list, compare=False)
+
+    def edit(self, tokens):
+        self.seen.append(tokens.clone())
+        return tokens
 
 
 def tiny_sd3(seed: int = 0) -> StableDiffusion3Pipeline:

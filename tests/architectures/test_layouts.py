@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import diffusers
 import matrix
@@ -15,7 +15,8 @@ from denoisers import CALLS, CONFIGS, CROSSING, IMAGE_ONLY, JOINT, ROWS, find_cl
 from diffusers.models import transformers
 from torch import nn
 
-from variegate import ContextualRepulsion, TokenIntervention, attach, check_layout
+from tiny import Recorder
+from variegate import ContextualRepulsion, attach, check_layout
 from variegate.architectures import architecture_of, known_architectures
 from variegate.architectures.layout import Part
 from variegate.objectives import Vendi
@@ -79,15 +80,6 @@ def twice(call, latents):
         return value
 
     return {key: doubled(key, value) for key, value in call.items()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recorder(TokenIntervention):
-    seen: list[torch.Tensor] = field(default_factory=list, compare=False)
-
-    def edit(self, tokens):
-        self.seen.append(tokens.clone())
-        return tokens
 
 
 def test_the_record_is_right(name):
