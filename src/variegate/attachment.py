@@ -73,7 +73,7 @@ class Attachment:
         enabled = [intervention for intervention in interventions if intervention.enabled]
         clock = Clock(None if isinstance(target, nn.Module) else target, groups)
         try:
-            for denoiser in _denoisers(target):
+            for denoiser in denoisers_of(target):
                 self._plans.append(Plan(denoiser, architecture, enabled, clock, seed, self._warn_once))
             for plan in self._plans:
                 for module, hook in plan.hooks():
@@ -108,7 +108,12 @@ class Attachment:
             warnings.warn(message, UserWarning, stacklevel=2)
 
 
-def _denoisers(target: Any) -> list[nn.Module]:
+def denoisers_of(target: Any) -> list[nn.Module]:
+    """The transformers or U-Nets of a pipeline; of a bare denoiser, itself.
+
+    Raises:
+        ValueError: if there is none.
+    """
     if isinstance(target, nn.Module):
         return [target]
     found = [getattr(target, name, None) for name in DENOISERS]

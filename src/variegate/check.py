@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from variegate.architectures import Architecture, Part, architecture_of
 from variegate.architectures.layout import Call
-from variegate.attachment import DENOISERS, Attachment
+from variegate.attachment import Attachment, denoisers_of
 from variegate.intervention import SITES, Site, TokenIntervention
 
 Edit = Callable[[Tensor], Tensor]
@@ -161,7 +161,7 @@ def capture_call(pipe: Any, prompt: str, **kwargs: Any) -> dict[str, Any]:
         Arguments by name, as `check_layout` takes them.
     """
     calls: list[dict[str, Any]] = []
-    denoiser = denoiser_of(pipe)
+    denoiser = denoisers_of(pipe)[0]
     names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
 
     def keep(module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
@@ -175,19 +175,6 @@ def capture_call(pipe: Any, prompt: str, **kwargs: Any) -> dict[str, Any]:
     finally:
         handle.remove()
     return calls[0]
-
-
-def denoiser_of(pipe: Any) -> nn.Module:
-    """The transformer or U-Net of a pipeline.
-
-    Raises:
-        ValueError: if it has none.
-    """
-    for name in DENOISERS:
-        denoiser = getattr(pipe, name, None)
-        if isinstance(denoiser, nn.Module):
-            return denoiser
-    raise ValueError(f"{type(pipe).__name__} has no denoiser (looked for {', '.join(DENOISERS)}).")
 
 
 def _forward(denoiser: nn.Module, call: Mapping[str, Any]) -> Any:

@@ -263,11 +263,12 @@ def check(
 ) -> None:
     """Check on one denoising step that what is known of a model's tokens is right (exit code 1 if not)."""
     with _plain_errors(), _progress(f"loading {model}"):
-        from variegate.check import capture_call, check_layout, denoiser_of
+        from variegate.attachment import denoisers_of
+        from variegate.check import capture_call, check_layout
         from variegate.emoji.models import call_defaults, load_pipeline
 
         pipe = load_pipeline(model, device=device or "auto", revision=revision)
-        report = check_layout(denoiser_of(pipe), capture_call(pipe, prompt, **call_defaults(model)), site)
+        report = check_layout(denoisers_of(pipe)[0], capture_call(pipe, prompt, **call_defaults(model)), site)
     typer.echo(str(report))
     raise typer.Exit(int(not report.passed))
 

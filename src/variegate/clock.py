@@ -28,8 +28,7 @@ class Clock:
     A run is new when the scheduler has a new `timesteps` object (`set_timesteps` makes one); for a bare denoiser, when
     its timestep turns back. A step is new when `scheduler.step_index` or the timestep changes, or the latents, where
     there is no `step_index`. Rows are branch by branch, prompt by prompt, sample by sample, as in every diffusers
-    pipeline. A step's first
-    call of one branch is that of the prompt, and so is every other one with the same text.
+    pipeline. A step's first call of one branch is that of the prompt, and so is every other one with the same text.
 
     Args:
         pipeline: the pipeline around the denoisers, or None for a bare one.

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from variegate.gallery import Gallery, Group, Row
-from variegate.generation import generate
+from variegate.generation import diversity, generate
 from variegate.request import Request
-
-if TYPE_CHECKING:
-    from variegate.metrics import Extractor
 
 INDEPENDENT = (
     "red apple", "rocket", "elephant", "sailboat", "sunflower", "bicycle", "mushroom", "penguin",
@@ -70,22 +67,13 @@ def diagnose(
     beside = generate(others, pipeline=pipeline, progress=share(False))
     extract = efficientnet_lite0()
     (row,) = own.groups[0].rows
-    images = [group.rows[0].images[0] for group in beside.groups]
+    images = tuple(group.rows[0].images[0] for group in beside.groups)
     features = extract(row.images)
     order = (features @ features.mT).sum(1).argsort(descending=True).tolist()
     sorted_row = replace(row, images=tuple(row.images[i] for i in order))
-    other_row = _row(images, extract)
-    assert row.vendi is not None
-    assert other_row.vendi is not None
-    typicality = 1 - (row.vendi - 1) / max(other_row.vendi - 1, 1e-9)
+    vendi, distance = diversity(extract(images))
+    assert row.vendi is not None  # there are two pictures at least
+    typicality = 1 - (row.vendi - 1) / max(vendi - 1, 1e-9)
     name = "independent prompts: " + ", ".join(others.prompts)
-    groups = (Group(request.prompts[0], sorted_row, None), Group(name, other_row, None))
+    groups = (Group(request.prompts[0], sorted_row, None), Group(name, Row("none", {}, images, vendi, distance), None))
     return Diagnosis(Gallery(groups, own.settings), min(1.0, max(0.0, typicality)))
-
-
-def _row(images: list[Any], extract: Extractor) -> Row:
-    from variegate.metrics import mean_pairwise_distance, vendi_score
-
-    features = extract(images)
-    vendi, distance = (round(measure(features).item(), 4) for measure in (vendi_score, mean_pairwise_distance))
-    return Row("none", {}, tuple(images), vendi, distance)

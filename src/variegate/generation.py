@@ -18,6 +18,7 @@ from variegate.request import Request, to_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
     from variegate.intervention import Intervention
     from variegate.metrics import Extractor
@@ -196,11 +197,10 @@ class _Run:
             images = self._images(prompt)
         vendi = distance = None
         if len(images) > 1:
-            from variegate.metrics import efficientnet_lite0, mean_pairwise_distance, vendi_score
+            from variegate.metrics import efficientnet_lite0
 
             self.extract = self.extract or efficientnet_lite0()
-            features = self.extract(images)
-            vendi, distance = (round(measure(features).item(), 4) for measure in (vendi_score, mean_pairwise_distance))
+            vendi, distance = diversity(self.extract(images))
         parameters = {
             option.name: to_text(getattr(intervention, option.name))
             for option in (dataclasses.fields(intervention) if intervention else ())
@@ -246,6 +246,13 @@ class _Run:
         self.done = done
         if self.progress is not None:
             self.progress(done, self.total)
+
+
+def diversity(features: Tensor) -> tuple[float, float]:
+    """Vendi score and mean distance of a row's features `[N, D]`, to four digits, as a gallery tells them."""
+    from variegate.metrics import mean_pairwise_distance, vendi_score
+
+    return round(vendi_score(features).item(), 4), round(mean_pairwise_distance(features).item(), 4)
 
 
 def _attach(pipeline: Any, intervention: Intervention, seed: int) -> Any:

@@ -120,6 +120,17 @@ class Intervention(ABC):  # noqa: B024, what it edits is up to the classes below
                     "or a fraction of the steps (a float from 0.0 to 1.0)."
                 )
 
+    def check_range(self, name: str, low: float, high: float = math.inf) -> None:
+        """Refuse a hyper-parameter that is not a number from `low` to `high`; infinity itself is none.
+
+        Raises:
+            ValueError: one sentence with its name, its value and what would do.
+        """
+        value = getattr(self, name)
+        if not (low <= value <= high and abs(value) < math.inf):
+            bounds = f"from {low:g} upwards" if high == math.inf else f"from {low:g} to {high:g}"
+            raise ValueError(f"{name}={value!r} is out of range; use a number {bounds}.")
+
     @property
     def enabled(self) -> bool:
         """Whether the edit can change anything at all; an attachment skips interventions that can't."""

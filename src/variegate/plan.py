@@ -155,7 +155,7 @@ class Plan:
         """Whether `end` has anything to do."""
         return any(isinstance(i, (PredictionIntervention, GuidanceIntervention)) for i in self.interventions)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch does not annotate it
     def begin(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -204,7 +204,7 @@ class Plan:
                     changed[name] = new
         return changed
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch does not annotate it
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """After the denoiser has run: edit its prediction."""
         if not (self._active(PredictionIntervention) or self._active(GuidanceIntervention)):

@@ -31,7 +31,8 @@ Known by the record of a class with the same blocks, not run here: {derived}.
 
 def row(name: str) -> str:
     """A line of the table; raises if an oracle disagrees."""
-    model, record = tiny(name), architecture_of(tiny(name))
+    model = tiny(name)
+    record = architecture_of(model)
     cells = []
     for site in SITES:
         has = any(getattr(blocks, site) for blocks in record.blocks)

@@ -111,7 +111,8 @@ def test_repulsion_raises_the_vendi_score(name):
 
 @torch.no_grad()
 def test_groups_do_not_touch_each_other(name):
-    model, latents = tiny(name), architecture_of(tiny(name)).latents
+    model = tiny(name)
+    latents = architecture_of(model).latents
     call = twice(CALLS[name](), latents)
     other = dict(call)
     last = [x.clone() for x in call[latents]]

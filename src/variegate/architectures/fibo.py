@@ -1,6 +1,6 @@
 """Bria FIBO and FIBO 2."""
 
-from variegate.architectures.layout import Architecture, Blocks, Call, Part, Place, leading, single, text_length
+from variegate.architectures.layout import Architecture, Blocks, Call, Part, Place, by_row, leading, single, text_length
 
 _TEXT, _IMAGE = leading(text_length)
 
@@ -57,8 +57,7 @@ def _gist(call: Call) -> Place:
     counts = _gists(call)
     if len(set(counts)) == 1:
         return slice(counts[0])
-    start = _images(call)  # text goes last where rows differ in its length
-    return [slice(start, start + count) for count in counts]
+    return by_row([_images(call)] * len(counts), counts)  # text goes last where rows differ in its length
 
 
 def _picture(call: Call) -> slice:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from variegate.architectures.layout import Architecture, Call, Locate, Part, Place, single
+from variegate.architectures.layout import Architecture, Call, Locate, Part, Place, by_row, single
 
 _TEXT, _IMAGE = 3, 2
 
@@ -11,8 +11,9 @@ def _stretch(kind: int) -> Locate:
     def locate(call: Call) -> Place:
         indicator: Tensor = call["indicator"]
         places = [row.nonzero().flatten() for row in indicator == kind]
-        found = [slice(int(p[0]), int(p[-1]) + 1) if len(p) else slice(0, 0) for p in places]
-        return found[0] if all(stretch == found[0] for stretch in found) else found
+        return by_row(
+            [int(p[0]) if len(p) else 0 for p in places], [int(p[-1] - p[0]) + 1 if len(p) else 0 for p in places]
+        )
 
     return locate
 

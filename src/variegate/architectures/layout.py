@@ -159,6 +159,12 @@ def leading(length: Callable[[Call], int]) -> tuple[Locate, Locate]:
     return (lambda call: slice(length(call)), lambda call: slice(length(call), None))
 
 
+def by_row(starts: Sequence[int], lengths: Sequence[int]) -> Place:
+    """A stretch for each row, or the one that all of them share."""
+    found = [slice(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+    return found[0] if all(stretch == found[0] for stretch in found) else found
+
+
 def text_length(call: Call) -> int:
     """Number of text tokens of the call."""
     return int(call["encoder_hidden_states"].shape[1])

@@ -1,6 +1,6 @@
 """Lumina-Image 2.0. Each row is its own text, without padding, then the image."""
 
-from variegate.architectures.layout import Architecture, Call, Place, single
+from variegate.architectures.layout import Architecture, Call, Place, by_row, single
 
 
 def _lengths(call: Call) -> list[int]:
@@ -10,7 +10,7 @@ def _lengths(call: Call) -> list[int]:
 
 def _text(call: Call) -> Place:
     lengths = _lengths(call)
-    return slice(lengths[0]) if len(set(lengths)) == 1 else [slice(0, length) for length in lengths]
+    return by_row([0] * len(lengths), lengths)
 
 
 def _image(call: Call) -> Place:
@@ -18,8 +18,7 @@ def _image(call: Call) -> Place:
     *_, height, width = call["hidden_states"].shape
     tokens = (height // size) * (width // size)
     lengths = _lengths(call)
-    found = [slice(length, length + tokens) for length in lengths]
-    return found[0] if len(set(lengths)) == 1 else found
+    return by_row(lengths, [tokens] * len(lengths))
 
 
 LUMINA2 = Architecture("Lumina2Transformer2DModel", (single("layers", _text, _image),), branches=(), sign=-1)

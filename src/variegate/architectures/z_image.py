@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from variegate.architectures.layout import Architecture, Call, Place, single
+from variegate.architectures.layout import Architecture, Call, Place, by_row, single
 
 _MULTIPLE = 32  # both stretches are filled up to it with learned tokens
 
@@ -40,19 +40,14 @@ def _omni(call: Call) -> bool:
     return isinstance(call["x"][0], list)
 
 
-def _stretches(starts: Sequence[int], lengths: Sequence[int]) -> Place:
-    found = [slice(start, start + length) for start, length in zip(starts, lengths, strict=True)]
-    return found[0] if all(stretch == found[0] for stretch in found) else found
-
-
 def _text(call: Call) -> Place:
     lengths = _text_lengths(call)
-    return _stretches([0] * len(lengths) if _omni(call) else _image_lengths(call), lengths)
+    return by_row([0] * len(lengths) if _omni(call) else _image_lengths(call), lengths)
 
 
 def _image(call: Call) -> Place:
     lengths = _image_lengths(call)
-    return _stretches(_text_lengths(call) if _omni(call) else [0] * len(lengths), lengths)
+    return by_row(_text_lengths(call) if _omni(call) else [0] * len(lengths), lengths)
 
 
 def _real(call: Call) -> Tensor:

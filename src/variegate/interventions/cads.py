@@ -49,15 +49,13 @@ class CADS(ConditionIntervention):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.strength < float("inf"):
-            raise ValueError(f"strength={self.strength!r} is out of range; use a number from 0 upwards.")
+        self.check_range("strength", 0)
         if not 0 <= self.clear < self.blind <= 1:
             raise ValueError(
                 f"clear={self.clear!r} and blind={self.blind!r} are no noise levels in order; "
                 "use 0 <= clear < blind <= 1."
             )
-        if not 0 <= self.rescaling <= 1:
-            raise ValueError(f"rescaling={self.rescaling!r} is out of range; use a number from 0 to 1.")
+        self.check_range("rescaling", 0, 1)
 
     @property
     def enabled(self) -> bool:

@@ -67,9 +67,8 @@ class ContextualRepulsion(TokenIntervention):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, low in (("strength", 0.0), ("eta", 0.0), ("target", 1.0)):
-            value = getattr(self, name)
-            if value is not None and not low <= value < float("inf"):
-                raise ValueError(f"{name}={value!r} is out of range; use a number from {low:g} upwards.")
+            if getattr(self, name) is not None:
+                self.check_range(name, low)
         if self.inner_steps < 1:
             raise ValueError(f"inner_steps={self.inner_steps!r} is out of range; use an integer from 1.")
         self._objective()  # refuses an unknown name or order

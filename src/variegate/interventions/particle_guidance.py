@@ -45,10 +45,8 @@ class ParticleGuidance(PredictionIntervention):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.strength < float("inf"):
-            raise ValueError(f"strength={self.strength!r} is out of range; use a number from 0 upwards.")
-        if not 0 <= self.low <= 1:
-            raise ValueError(f"low={self.low!r} is out of range; use a noise level from 0 to 1.")
+        self.check_range("strength", 0)
+        self.check_range("low", 0, 1)
 
     @property
     def enabled(self) -> bool:

@@ -41,10 +41,8 @@ class SeedVariance(ConditionIntervention):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.strength < float("inf"):
-            raise ValueError(f"strength={self.strength!r} is out of range; use a number from 0 upwards.")
-        if not 0 <= self.share <= 1:
-            raise ValueError(f"share={self.share!r} is out of range; use a number from 0 to 1.")
+        self.check_range("strength", 0)
+        self.check_range("share", 0, 1)
 
     @property
     def enabled(self) -> bool:
