@@ -3,7 +3,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test matrix lint bench clean
+.PHONY: demo test matrix results lint bench clean
 
 # torch first, by its pinned version: an unpinned torch pulls gigabytes of CUDA packages.
 .venv/.installed: pyproject.toml constraints.txt
@@ -22,6 +22,9 @@ matrix: .venv/.installed  ## Every architecture and pipeline against the install
 	PYTHONPATH=tests/architectures $(BIN)/python tests/architectures/matrix.py
 	PYTHONPATH=tests:tests/architectures $(BIN)/python tests/compatibility/table.py
 	$(BIN)/python -m pytest tests/architectures tests/pipelines
+
+results: .venv/.installed  ## Tables and pictures of docs/RESULTS.md, from the committed records.
+	$(BIN)/python benchmarks/emoji/report.py
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

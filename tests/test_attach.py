@@ -10,12 +10,11 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 
-from tiny import Recorder, tiny_flux, tiny_sd3
+from tiny import STEPS, Recorder, run, tiny_flux, tiny_sd3
 from variegate import ContextualRepulsion, Intervention, TokenIntervention, attach
 from variegate.architectures import Architecture, architecture_of, dual, register_architecture
 from variegate.objectives import objective
 
-STEPS = 3
 BUILDERS = {"sd3": tiny_sd3, "flux": tiny_flux}
 STRONG = ContextualRepulsion(strength=2.0, stop=None, blocks="all")
 
@@ -23,22 +22,6 @@ STRONG = ContextualRepulsion(strength=2.0, stop=None, blocks="all")
 @pytest.fixture(scope="module", params=BUILDERS)
 def pipe(request):
     return BUILDERS[request.param]()
-
-
-def run(pipe, prompt="a cat", n=4, seed=0, **kwargs):
-    """Final latents of n images, one generator each."""
-    count = n * (1 if isinstance(prompt, str) else len(prompt))
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
-    if "latents" not in kwargs:
-        kwargs["generator"] = generators
-    return pipe(
-        prompt,
-        num_images_per_prompt=n,
-        num_inference_steps=kwargs.pop("num_inference_steps", STEPS),
-        max_sequence_length=kwargs.pop("max_sequence_length", 16),
-        output_type="latent",
-        **kwargs,
-    ).images
 
 
 def hook_count(pipe) -> int:

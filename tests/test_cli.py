@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from tiny import tiny_sd3
 from variegate import ContextualRepulsion, Request, __version__, architectures
 from variegate.architectures import Architecture, dual
 from variegate.cli import app
+from variegate.emoji.models import bundled_models, call_defaults, describe, load_pipeline
+from variegate.gallery import read_recipe
 
 SMALL = ["-n", "2", "--steps", "2"]
 
@@ -91,7 +94,7 @@ BAD = [
     (["--model", "no-such-model"], "model='no-such-model' is unknown; use a bundled model"),
     (["--model", "nobody/no-such-model"], "model='nobody/no-such-model' is neither a bundled model"),
     (["--model", "."], "model='.' is a folder without model_index.json"),
-    (["--method", "magic"], "method='magic' is unknown; use one of contextual-repulsion, cads, dave,"),
+    (["--method", "magic"], "method='magic' is unknown; use one of contextual-repulsion, cads, "),
     (["--method", "none", "--strength", "1"], "strength is no parameter of method 'none'; leave it out."),
     (["--dtype", "int8"], "dtype='int8' is unknown; use one of auto, float32, bfloat16, float16."),
     (["--device", "tpu"], "device='tpu' is unknown; use one of auto, cpu, cuda, mps."),
@@ -104,8 +107,15 @@ BAD = [
     (["--blocks", "upper"], "blocks='upper' is unknown"),
     (["--blocks", "7"], "blocks=(7,): the denoiser has 4 joint blocks"),
     (["--height", "15"], "`height` and `width` have to be divisible"),
+    (["--method", "sgi", "-p", "candidates=5"], "candidates=5 are fewer than the n=8 pictures"),
+    (["--method", "sgi", "-p", "candidates=all"], "candidates='all' is no number of seeds"),
+    (["--method", "sgi", "-p", "ratio=1"], "ratio=1 is out of range; use a number between 0 and 1"),
+    (["--method", "sgi", "-p", "solver=gurobi"], "solver='gurobi' is unknown; use 'swap' or 'exact'"),
+    (["--method", "sgi", "--blocks", "all"], "blocks is no parameter of method 'sgi'"),
+    (["--method", "cads", "-p", "strength=much"], "parameters={'strength': 'much'} do not fit 'cads'"),
     (["-n", "0"], "n=0 is out of range; use a number from 1 upwards."),
     (["--steps", "0"], "steps=0 is out of range"),
+    (["--model", "emoji-turbo", "--steps", "1"], "steps=1 is too few: the scheduler stretches its steps"),
     (["--seed", "-1"], "seed=-1 is out of range"),
 ]
 
@@ -236,8 +246,26 @@ def test_check_says_whether_the_record_is_right(model, monkeypatch):
         assert message in result.stderr
 
 
+def test_pictures_of_chosen_seeds_are_made_again(model, tmp_path):
+    command = ["generate", "a cat", "--model", model, *SMALL, "-o", tmp_path, "--method", "sgi", "-p", "candidates=6"]
+    result = run(*command)
+    assert (result.exit_code, result.stderr) == (0, "")
+    *_, last = sorted(path for path in tmp_path.glob("a-cat-*.png") if "stock" not in path.name)
+    assert read_recipe(last)["seeds"][1] == int(last.stem.split("-")[-1]) > 1
+    result = run("replay", last, "--model", model)
+    assert (result.exit_code, result.stdout) == (0, f"{last.name} is identical.\n")
+
+
 def test_models_lists_what_is_bundled():
-    assert run("models").stdout.split() == ["emoji-base"]
+    text = run("models").stdout
+    for name, folder in bundled_models().items():
+        assert name in text
+        assert json.loads((folder / "model_index.json").read_text())["_class_name"] == describe(name).pipeline
+        pipe = load_pipeline(name)
+        assert describe(name).parameters == sum(p.numel() for p in pipe.transformer.parameters())
+        assert describe(name).steps == call_defaults(name)["num_inference_steps"]
+    with pytest.raises(ValueError, match="model='emoji' is not bundled; use one of emoji-base"):
+        describe("emoji")
 
 
 def test_methods_lists_them_with_their_parameters():
@@ -245,6 +273,7 @@ def test_methods_lists_them_with_their_parameters():
     assert "contextual-repulsion: Push the images of one prompt apart in the contextual space" in lines[0]
     assert "    strength=1.0" in lines
     assert any(line.startswith("cads: ") for line in lines)
+    assert lines[lines.index("    candidates=64") - 1].startswith("sgi: Choose among many seeds")
 
 
 def test_any_parameter_of_any_method(model, tmp_path):

@@ -12,7 +12,7 @@ import torch
 from test_attach import hook_count, run
 from tiny import tiny_flux, tiny_sd3
 from variegate import CADS, DAVE, IntervalGuidance, ParticleGuidance, Request, SeedVariance, attach, generate
-from variegate.intervention import Moment
+from variegate.step import Moment
 
 METHODS = {
     "cads": (CADS(strength=0.5), CADS(strength=0.0)),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from diffusers import (
@@ -32,6 +34,7 @@ SAMPLE_SIZE = 8  # latent pixels; an image has twice as many
 CHANNELS = 4
 WIDTH = 16
 TEXT = 32
+STEPS = 3  # of a run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,35 @@ class Recorder(TokenIntervention):
     def edit(self, tokens):
         self.seen.append(tokens.clone())
         return tokens
+
+
+def generators(seeds: Iterable[int]) -> list[torch.Generator]:
+    """One for each image."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def run(
+    pipe: Any,
+    prompt: str | Sequence[str] = "a cat",
+    n: int = 4,
+    seed: int = 0,
+    *,
+    num_inference_steps: int = STEPS,
+    max_sequence_length: int = 16,
+    **call: Any,
+) -> torch.Tensor:
+    """Final latents of n images of each prompt, from `seed` and those that follow, or from `latents`."""
+    images = n if isinstance(prompt, str) else n * len(prompt)
+    start = {} if "latents" in call else {"generator": generators(range(seed, seed + images))}
+    return pipe(
+        prompt,
+        num_images_per_prompt=n,
+        num_inference_steps=num_inference_steps,
+        max_sequence_length=max_sequence_length,
+        output_type="latent",
+        **start,
+        **call,
+    ).images
 
 
 def tiny_sd3(seed: int = 0) -> StableDiffusion3Pipeline:

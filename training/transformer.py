@@ -95,6 +95,15 @@ def text_encoder(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPTextM
     return CLIPTextModelWithProjection(config)
 
 
+def load_weights(folder: Path, tokenizer: CLIPTokenizer) -> TextToImage:
+    """The trained parts of a pipeline's folder."""
+    loaded = SD3Transformer2DModel.from_pretrained(folder / "transformer")
+    model = TextToImage(tokenizer, loaded.inner_dim, loaded.config.num_layers)
+    for name, part in model.named_children():
+        part.load_state_dict(type(part).from_pretrained(folder / name).state_dict())
+    return model
+
+
 class PaddedAttention:
     """Joint attention in which the last text token stands for many equal ones."""
 
@@ -181,10 +190,7 @@ def main() -> None:
         json.dumps({"emoji": captions.emoji, "styles": captions.styles}, indent=1)
     )
 
-    model = TextToImage(tokenizer, args.width, args.layers)
-    if args.init:
-        for name, part in model.named_children():
-            part.load_state_dict(type(part).from_pretrained(args.init / name).state_dict())
+    model = load_weights(args.init, tokenizer) if args.init else TextToImage(tokenizer, args.width, args.layers)
     model.transformer.set_attn_processor(PaddedAttention())
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)

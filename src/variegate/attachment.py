@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from variegate.architectures import Architecture
 from variegate.clock import Clock
 from variegate.intervention import Intervention
+from variegate.noise import Start
 from variegate.plan import Plan
 
 DENOISERS = ("transformer", "transformer_2", "unconditional_transformer", "unet")
@@ -69,15 +70,19 @@ class Attachment:
                 )
         self._handles: list[RemovableHandle] = []
         self._plans: list[Plan] = []
+        self._start: Start | None = None
         self._warned = False
         enabled = [intervention for intervention in interventions if intervention.enabled]
-        clock = Clock(None if isinstance(target, nn.Module) else target, groups)
+        pipeline = None if isinstance(target, nn.Module) else target
+        clock = Clock(pipeline, groups)
         try:
-            for denoiser in denoisers_of(target):
-                self._plans.append(Plan(denoiser, architecture, enabled, clock, seed, self._warn_once))
+            denoisers = denoisers_of(target)
+            self._start = Start(pipeline, enabled)
+            for denoiser in denoisers:
+                self._plans.append(Plan(denoiser, architecture, enabled, clock, self._start, seed, self._warn_once))
             for plan in self._plans:
                 for module, hook in plan.hooks():
-                    self._handles.append(module.register_forward_hook(hook))
+                    self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
                 if plan.edits_predictions:
                     self._handles.append(plan.outer.register_forward_hook(plan.end))
                 self._handles.append(plan.outer.register_forward_pre_hook(plan.begin, with_kwargs=True))
@@ -93,6 +98,8 @@ class Attachment:
             self._handles.pop().remove()
         while self._plans:
             self._plans.pop().forget()
+        if self._start is not None:
+            self._start.remove()
 
     def __enter__(self) -> Attachment:
         return self

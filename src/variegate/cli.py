@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +17,8 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 from variegate import __version__
+from variegate.bench.cli import bench
+from variegate.terminal import plain_errors as _plain_errors
 
 if TYPE_CHECKING:
     from variegate.gallery import Gallery
@@ -29,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:
@@ -177,11 +179,23 @@ def replay(
 
 @app.command()
 def models() -> None:
-    """List the bundled models."""
-    from variegate.emoji.models import bundled_models
+    """List the bundled models: pipeline class, size, steps, guidance, licence of the artwork they learnt from."""
+    from variegate.emoji.models import bundled_models, describe
 
+    table = Table("model", "pipeline", "denoiser", "size", "steps", "guidance", "artwork")
     for name in bundled_models():
-        typer.echo(name)
+        model = describe(name)
+        size = f"{model.bytes / 1e6:.1f} MB"
+        table.add_row(
+            name,
+            model.pipeline,
+            f"{model.parameters / 1e6:.1f} M",
+            size,
+            str(model.steps),
+            model.guidance,
+            model.licence,
+        )
+    Console().print(table)
 
 
 @app.command(cls=_Documented)
@@ -220,23 +234,61 @@ def diagnose(
 def score(
     folders: Annotated[list[Path], typer.Argument(metavar="FOLDER", show_default=False)],
     reference: Annotated[Path | None, typer.Option(help="Folder of images to measure the distance to.")] = None,
+    extractor: Annotated[
+        str, typer.Option(help="Network that sees the images: efficientnet-lite0, dinov2 or clip.")
+    ] = "efficientnet-lite0",
+    model: Annotated[str | None, typer.Option(help="Folder or hub id of the dinov2 or clip network.")] = None,
+    device: Annotated[str, typer.Option(help="Where the networks run: cpu, cuda or mps.")] = "cpu",
+    ms_ssim: Annotated[bool, typer.Option("--ms-ssim", help="Also measure structural similarity.")] = False,
+    lpips: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Also measure LPIPS: timm/vgg16.tv_in1k, or a folder of it.")
+    ] = None,
+    compare: Annotated[Path | None, typer.Option(help="An earlier --json file: show ratios to its numbers.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="File for the numbers.")] = None,
 ) -> None:
     """Measure the diversity of folders of images, within each prompt, and the distance to a reference."""
     with _plain_errors():
-        from variegate.scoring import FEATURES, to_json
+        from variegate import metrics
+        from variegate.gallery import check_writable
+        from variegate.scoring import earlier, save
         from variegate.scoring import score as measure
 
-        scores = measure(folders, reference)
         if json_file is not None:
-            json_file.write_text(to_json(scores), encoding="utf-8")
-    table = Table("folder", "images", "groups", "Vendi", "mean distance", *(["KID x 1000"] if reference else []))
-    for found in scores:
-        kid = [] if found.kid is None else [f"{1000 * found.kid:.3f}"]
-        row = (str(found.images), str(found.groups), f"{found.vendi:.3f}", f"{found.distance:.3f}", *kid)
-        table.add_row(escape(found.name), *row)
-    Console().print(table)
-    Console().print(f"Features: {FEATURES}.", highlight=False)
+            check_writable(json_file.parent)
+        eyes = metrics.extractor(extractor, model=model, device=device)
+        network = None if lpips is None else metrics.LPIPS(lpips, device=device)
+        scores = measure(folders, reference, eyes, ms_ssim=ms_ssim, lpips=network)
+        before = [None] * len(scores) if compare is None else earlier(scores, compare)
+        if json_file is not None:
+            save(scores, json_file)
+    console = Console()
+    console.print(_score_table(scores, before, {
+        "images": "images", "groups": "groups", "vendi": "Vendi", "pair_vendi": "Vendi of 2",
+        "distance": "mean distance", "ms_ssim": "MS-SSIM", "lpips": "LPIPS", "clip_score": "CLIPScore",
+    }))  # fmt: skip
+    if reference is not None:
+        console.print(_score_table(scores, before, {
+            "kid": "KID", "fid": "FID", "precision": "precision", "recall": "recall", "density": "density",
+            "coverage": "coverage",
+        }))  # fmt: skip
+        if all(found.fid is None for found in scores):
+            console.print("No FID: it takes more images, and more of the reference, than a feature has values.")
+    console.print(f"Features: {scores[0].features}.", highlight=False)
+
+
+def _score_table(scores: Sequence[Any], before: Sequence[Any], columns: dict[str, str]) -> Table:
+    """Measures, without those that none has, and their ratios to earlier ones above 0 (KID can be below)."""
+    shown = {name: title for name, title in columns.items() if any(getattr(s, name) is not None for s in scores)}
+    table = Table("folder", *shown.values())
+    for found, then in zip(scores, before, strict=True):
+        cells = []
+        for name in shown:
+            value, old = getattr(found, name), getattr(then, name, None)
+            text = "-" if value is None else f"{value:.4g}"
+            comparable = isinstance(value, float) and old is not None and old > 0
+            cells.append(f"{text} ({value / old:.2f}x)" if comparable else text)
+        table.add_row(escape(found.name), *cells)
+    return table
 
 
 @app.command()
@@ -275,24 +327,6 @@ def check(
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
-
-
-@contextmanager
-def _plain_errors() -> Iterator[None]:
-    """Bad input ends in one sentence and exit code 2; of warnings, only ours are shown, one line each."""
-
-    def show(message: Warning | str, *details: Any, **more: Any) -> None:
-        typer.echo(f"Warning: {message}", err=True)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.filterwarnings("always", category=UserWarning, module=r"variegate\.")
-        warnings.showwarning = show
-        try:
-            yield
-        except (ValueError, OSError, MemoryError) as error:
-            typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
-            raise typer.Exit(2) from error
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from variegate.architectures import Architecture
 from variegate.architectures.layout import Call
-from variegate.intervention import SampleSet, Step
+from variegate.step import SampleSet, Step
 
 Rows = Tensor | Sequence[Tensor]
 TIMESTEPS = ("timestep", "timesteps", "t")  # what denoisers call it
@@ -49,6 +50,10 @@ class Clock:
         self._first: Rows | None = None  # text of the step's first call of one branch
         self._batch = 0  # rows of the run's calls that hold all branches
         self._groups: dict[int, list[list[int]]] = {}
+        # What interventions keep, by their identity, and what they have added in this step to the predictions of a set
+        # of samples: here, because the denoisers of a pipeline share it as they share the clock.
+        self.memory: dict[int, dict[str, Tensor]] = defaultdict(dict)
+        self.offsets: dict[tuple[int, tuple[int, ...]], Tensor] = {}
 
     def tick(self, architecture: Architecture, call: Call) -> Step:
         """The step of a call about to run.
@@ -71,9 +76,10 @@ class Clock:
         if key != self._key or (not hasattr(scheduler, "step_index") and self._moved(latents)):
             self._index += 1
             self._latents, self._first = latents, None
+            self.offsets = {}
         self._key = key
         sets = self._sets(architecture, latents, call[architecture.text])
-        return Step(self._index, self._total(), sets, self._noise(now))
+        return Step(self._index, self._total(), sets, self._noise(now), self._next_noise(), self._prediction_type())
 
     def _moved(self, latents: Rows) -> bool:
         """Whether latents are others than those of the step's first call; the batches of its calls may differ."""
@@ -100,19 +106,36 @@ class Clock:
         count = getattr(self.pipeline, "num_timesteps", None) or math.inf
         return int(min(count, len(self._timesteps)))
 
-    def _noise(self, now: float) -> float | None:
-        """Noise level of the step, from the scheduler's sigma or its cumulative alpha."""
+    def _noise(self, now: float, ahead: int = 0) -> float | None:
+        """Noise level of the step, from the scheduler's sigma or its cumulative alpha, or of one ahead."""
         scheduler: Any = getattr(self.pipeline, "scheduler", None)
         if getattr(scheduler, "sigmas", None) is not None:
             index = getattr(scheduler, "step_index", None)
-            sigma = float(
-                scheduler.sigmas[index if index is not None else getattr(scheduler, "begin_index", None) or 0]
-            )
-            return sigma if float(scheduler.sigmas.max()) <= 1 else sigma / (1 + sigma)  # flow matching ends at 1
+            index = (index if index is not None else getattr(scheduler, "begin_index", None) or 0) + ahead
+            sigma = float(scheduler.sigmas[index]) if index < len(scheduler.sigmas) else 0.0
+            return sigma if self._is_flow(scheduler) else sigma / (1 + sigma)
         if getattr(scheduler, "alphas_cumprod", None) is not None:
             alpha = float(scheduler.alphas_cumprod[int(now)])
             return math.sqrt(1 - alpha) / (math.sqrt(1 - alpha) + math.sqrt(alpha))
         return None
+
+    def _next_noise(self) -> float:
+        total = self._total()
+        if total is None or self._index + 1 >= total:
+            return 0.0
+        return self._noise(float(self._timesteps[self._index + 1]), ahead=1) or 0.0
+
+    def _prediction_type(self) -> str | None:
+        """In the words of diffusers; None, too, for EDM schedulers, which scale predictions by a rule of their own."""
+        scheduler: Any = getattr(self.pipeline, "scheduler", None)
+        if getattr(scheduler, "sigmas", None) is not None and self._is_flow(scheduler):
+            return "flow_prediction"
+        config = getattr(scheduler, "config", {})
+        return None if "sigma_data" in config else config.get("prediction_type")
+
+    @staticmethod
+    def _is_flow(scheduler: Any) -> bool:
+        return float(scheduler.sigmas.max()) <= 1  # flow matching ends there
 
     def _sets(self, architecture: Architecture, latents: Rows, text: Rows) -> tuple[SampleSet, ...]:
         branches = self._branches(architecture, latents, text)

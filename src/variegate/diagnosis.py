@@ -63,7 +63,7 @@ def diagnose(
         return lambda done, total: progress(done if first else total + done, 2 * total) if progress else None
 
     own = generate(replace(request, compare=False), pipeline=pipeline, progress=share(True))
-    others = replace(request, prompts=INDEPENDENT[: request.n], n=1, method="none", parameters={})
+    others = replace(request, prompts=INDEPENDENT[: request.n], n=1, method="none", parameters={}, seeds=None)
     beside = generate(others, pipeline=pipeline, progress=share(False))
     extract = efficientnet_lite0()
     (row,) = own.groups[0].rows

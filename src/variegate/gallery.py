@@ -25,7 +25,7 @@ INK, GREY, FRAME = "#1a1a1a", "#767676", "#e4e4e4"
 
 @dataclass(frozen=True)
 class Row:
-    """The pictures of one prompt by one method; picture i has seed `seed + i`.
+    """The pictures of one prompt by one method.
 
     Attributes:
         method: name of the method, "none" for the stock pipeline.
@@ -33,6 +33,7 @@ class Row:
         images: the pictures.
         vendi: effective number of distinct pictures, in [1, N]; None for a single picture.
         distance: mean cosine distance between two of them, in [0, 2]; None for a single picture.
+        seeds: of the pictures; None: `seed`, `seed + 1`, ... of the gallery.
     """
 
     method: str
@@ -40,6 +41,7 @@ class Row:
     images: tuple[Image.Image, ...]
     vendi: float | None
     distance: float | None
+    seeds: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,14 @@ class Gallery:
             "index": index,
             "method": row.method,
             "parameters": dict(row.parameters),
+            **({"seeds": list(row.seeds)} if row.seeds else {}),
             **self.settings,
         }
+
+    def seeds(self, row: Row) -> tuple[int, ...]:
+        """The seed of each of a row's pictures."""
+        first = self.settings["seed"]
+        return row.seeds or tuple(range(first, first + len(row.images)))
 
     def sheet(self) -> Image.Image:
         """All pictures on one sheet: for each prompt the stock row, and below it the diverse one."""
@@ -100,10 +108,10 @@ class Gallery:
                 rows = []
                 for row in group.rows:
                     suffix = "-stock" if row is group.stock else ""
-                    files = [f"{slug}-{self.settings['seed'] + i:02d}{suffix}.png" for i in range(len(row.images))]
+                    files = [f"{slug}-{seed:02d}{suffix}.png" for seed in self.seeds(row)]
                     for index, (file, image) in enumerate(zip(files, row.images, strict=True)):
                         recipe = self.recipe(group, row, index)
-                        image.save(Path(temporary, file), pnginfo=_metadata(recipe, image))
+                        image.save(Path(temporary, file), pnginfo=_metadata(recipe, self.seeds(row)[index], image))
                     names += files
                     rows.append(
                         {
@@ -111,6 +119,7 @@ class Gallery:
                             "parameters": dict(row.parameters),
                             "vendi": row.vendi,
                             "distance": row.distance,
+                            "seeds": list(self.seeds(row)),
                             "files": files,
                         }
                     )
@@ -160,12 +169,12 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     return dict(recipe)
 
 
-def _metadata(recipe: Mapping[str, Any], image: Image.Image) -> PngInfo:
+def _metadata(recipe: Mapping[str, Any], seed: int, image: Image.Image) -> PngInfo:
     """The recipe as JSON, and in the one-line form that picture browsers show."""
     facts = {
         "Steps": recipe["steps"],
         "CFG scale": recipe["guidance"],
-        "Seed": recipe["seed"] + recipe["index"],
+        "Seed": seed,
         "Size": f"{image.width}x{image.height}",
         "Model": recipe["model"],
         "Diversity": recipe["method"],

@@ -6,21 +6,23 @@ import dataclasses
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from variegate.emoji.models import call_defaults, load_pipeline, locate, pick_device, pick_dtype, quiet
 from variegate.gallery import Gallery, Group, Row, read_recipe
+from variegate.intervention import Intervention
 from variegate.request import Request, to_text
+from variegate.selection import SGI, select
+from variegate.selection.preview import check_scheduler
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from variegate.intervention import Intervention
     from variegate.metrics import Extractor
 
 LIBRARIES = ("variegate", "torch", "diffusers", "transformers")
@@ -49,7 +51,7 @@ def generate(request: Request, *, pipeline: Any | None = None, progress: Progres
     """Make the pictures of a request.
 
     Each prompt is one call of the stock pipeline, or, to compare, two with the same seeds: one as it is, one
-    with the method attached.
+    with the method attached. A method that chooses makes the second from the seeds it has chosen.
 
     Args:
         request: what to make.
@@ -66,7 +68,8 @@ def generate(request: Request, *, pipeline: Any | None = None, progress: Progres
         >>> [len(row.images) for row in gallery.groups[0].rows]
         [4, 4]
     """
-    if request.n == 1 and request.intervention is not None and request.intervention.needs_company:
+    method = request.intervention or request.selection
+    if request.n == 1 and method is not None and method.needs_company:
         warnings.warn(
             "n=1: a single picture has nothing to be different from, so it is the stock pipeline's.",
             stacklevel=2,
@@ -120,6 +123,8 @@ def replay(
     if device is not None:
         settings["device"] = device
     try:
+        if "seeds" in settings:
+            settings["seeds"] = tuple(settings["seeds"])
         request = Request(prompts=(recipe["prompt"],), compare=False, **settings)
         index = range(request.n)[recipe["index"]]
     except (TypeError, IndexError) as error:
@@ -154,15 +159,21 @@ class _Run:
         self.arguments = {**call_defaults(request.model), **given}
         values = {name: parameter.default for name, parameter in known.items()} | self.arguments
         self.steps = values["num_inference_steps"]
+        if self.steps == 1 and getattr(getattr(pipeline, "scheduler", None), "config", {}).get("shift_terminal"):
+            raise ValueError("steps=1 is too few: the scheduler stretches its steps to a last one; use 2 or more.")
         self.has_callback = "callback_on_step_end" in known
         self.text_length = values.get("max_sequence_length")
         self.request, self.pipeline, self.progress = request, pipeline, progress
-        self.intervention = request.intervention
+        self.method = request.intervention or request.selection
         self.extract: Extractor | None = None
-        if self.intervention is not None:
-            _attach(pipeline, self.intervention, request.seed).remove()  # refuses before anything is made
-        rows = (request.compare or self.intervention is None) + (self.intervention is not None)
-        self.total, self.done = len(request.prompts) * rows * self.steps, 0
+        steps = self.steps * ((request.compare or self.method is None) + (self.method is not None))
+        # Both refuse before anything is made.
+        if isinstance(self.method, SGI):
+            check_scheduler(pipeline)
+            steps += 0 if request.seeds else self.method.steps_to_choose(request.n, self.steps)
+        elif isinstance(self.method, Intervention):
+            _attach(pipeline, self.method, request.seed).remove()
+        self.total, self.done = len(request.prompts) * steps, 0
         kept = (
             "n",
             "seed",
@@ -185,16 +196,19 @@ class _Run:
         """The pictures of one prompt."""
         if cut := _cut(self.pipeline, prompt, self.text_length):
             warnings.warn(f"The prompt {prompt!r} is too long: {'; '.join(cut)}.", stacklevel=3)
-        compare = self.request.compare or self.intervention is None
+        compare = self.request.compare or self.method is None
         return Group(
             prompt,
             self._row(prompt, None) if compare else None,
-            self._row(prompt, self.intervention) if self.intervention else None,
+            self._row(prompt, self.method) if self.method else None,
         )
 
-    def _row(self, prompt: str, intervention: Intervention | None) -> Row:
-        with nullcontext() if intervention is None else _attach(self.pipeline, intervention, self.request.seed):
-            images = self._images(prompt)
+    def _row(self, prompt: str, method: Intervention | SGI | None) -> Row:
+        request, seeds = self.request, self.request.seeds
+        if isinstance(method, SGI) and seeds is None:
+            seeds = self._choose(prompt, method)
+        with _attach(self.pipeline, method, request.seed) if isinstance(method, Intervention) else nullcontext():
+            images = self._images(prompt, seeds or range(request.seed, request.seed + request.n))
         vendi = distance = None
         if len(images) > 1:
             from variegate.metrics import efficientnet_lite0
@@ -202,12 +216,26 @@ class _Run:
             self.extract = self.extract or efficientnet_lite0()
             vendi, distance = diversity(self.extract(images))
         parameters = {
-            option.name: to_text(getattr(intervention, option.name))
-            for option in (dataclasses.fields(intervention) if intervention else ())
+            option.name: to_text(getattr(method, option.name))
+            for option in (dataclasses.fields(method) if method else ())
         }
-        return Row(self.request.method if intervention else "none", parameters, images, vendi, distance)
+        return Row(request.method if method else "none", parameters, images, vendi, distance, seeds)
 
-    def _images(self, prompt: str) -> tuple[Image, ...]:
+    def _choose(self, prompt: str, method: SGI) -> tuple[int, ...]:
+        request, before = self.request, self.done
+        with self._enough_memory():
+            choice = select(
+                self.pipeline,
+                prompt,
+                method,
+                n=request.n,
+                seed=request.seed,
+                progress=lambda done: self._report(before + done),
+                **self.arguments,
+            )
+        return choice.seeds
+
+    def _images(self, prompt: str, seeds: Sequence[int]) -> tuple[Image, ...]:
         import numpy as np
         import torch
         from PIL import Image
@@ -219,20 +247,14 @@ class _Run:
             return {}
 
         callback = {"callback_on_step_end": step_end} if self.has_callback else {}
-        try:
-            with quiet():
-                result = self.pipeline(
-                    prompt=prompt,
-                    generator=[torch.Generator("cpu").manual_seed(request.seed + i) for i in range(request.n)],
-                    output_type="np",
-                    **self.arguments,
-                    **callback,
-                )
-        except torch.OutOfMemoryError as error:
-            raise MemoryError(
-                f"n={request.n} pictures at once do not fit the memory of the {request.device} device; "
-                "use a smaller n, height or width, or offload='model'."
-            ) from error
+        with self._enough_memory(), quiet():
+            result = self.pipeline(
+                prompt=prompt,
+                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+                output_type="np",
+                **self.arguments,
+                **callback,
+            )
         self._report(before + self.steps)
         pixels = np.asarray(result.images)
         if not np.isfinite(pixels).all():
@@ -241,6 +263,18 @@ class _Run:
                 "nothing is kept; use dtype='float32' or 'bfloat16', or a lower strength."
             )
         return tuple(Image.fromarray(image) for image in (pixels * 255).round().astype("uint8"))
+
+    @contextmanager
+    def _enough_memory(self) -> Iterator[None]:
+        import torch
+
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(
+                f"n={self.request.n} pictures at once do not fit the memory of the {self.request.device} device; "
+                "use a smaller n, height or width, or offload='model'."
+            ) from error
 
     def _report(self, done: int) -> None:
         self.done = done

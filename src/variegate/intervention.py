@@ -2,87 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from variegate.step import Moment, Step
+
 Site = Literal["context", "attention", "image", "cross_attention"]
 SITES: tuple[str, ...] = get_args(Site)
 THIRDS = ("first", "middle", "last")
-
-
-class SampleSet(NamedTuple):
-    """Rows of a batch that are samples of one prompt in one guidance branch ("cond", "uncond" or "perturbed")."""
-
-    branch: str
-    rows: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Step:
-    """The denoising step that a denoiser call belongs to, and which of its rows belong together.
-
-    Attributes:
-        index: place of the step in its run, from 0.
-        total: steps of the run; None where only a bare denoiser is known, whose run has no announced length.
-        sets: the sample sets of the call; together they hold every row once.
-        noise: level in [0, 1], 1 is pure noise: the time of flow matching, sigma / (1 + sigma) for other schedulers;
-            None for a bare denoiser.
-    """
-
-    index: int
-    total: int | None
-    sets: tuple[SampleSet, ...]
-    noise: float | None = None
-
-
-@dataclass
-class Moment:
-    """What an edit of conditions or predictions may know besides its tensors.
-
-    Attributes:
-        noise: see `Step`.
-        samples: place in the batch of every sample that is edited, `[S][B]`.
-        seed: of the attachment.
-        index: of the step.
-    """
-
-    noise: float
-    samples: Sequence[Sequence[int]]
-    seed: int
-    index: int
-    _draws: int = 0
-
-    def randn(self, like: Tensor, *, fresh: bool = True) -> Tensor:
-        """Normal numbers in the shape `[S, B, ...]` of a tensor: an own stream for every sample.
-
-        Args:
-            like: gives shape, dtype and device.
-            fresh: another draw in every step, or the same in all of them.
-        """
-        return self._draw("normal_", like, fresh)
-
-    def rand(self, like: Tensor, *, fresh: bool = True) -> Tensor:
-        """Uniform numbers in [0, 1); see `randn`."""
-        return self._draw("uniform_", like, fresh)
-
-    def _draw(self, kind: str, like: Tensor, fresh: bool) -> Tensor:
-        import torch
-
-        self._draws += 1
-        drawn = torch.empty(like.shape)
-        for row, samples in zip(drawn, self.samples, strict=True):
-            for values, sample in zip(row, samples, strict=True):
-                name = f"{self.seed} {sample} {self._draws} {self.index if fresh else ''}"
-                digest = hashlib.blake2b(name.encode(), digest_size=7).digest()
-                getattr(values, kind)(generator=torch.Generator().manual_seed(int.from_bytes(digest, "big")))
-        return drawn.to(like)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,8 +93,8 @@ class Intervention(ABC):  # noqa: B024, what it edits is up to the classes below
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenIntervention(Intervention):
-    """Edits tokens on their way through the denoiser.
+class BlockIntervention(Intervention):
+    """Edits tokens on their way through the denoiser; see the two kinds of it below.
 
     Attributes:
         blocks: "all", the "first", "middle" or "last" third, a slice, or indices, over the denoiser's joint
@@ -191,17 +124,6 @@ class TokenIntervention(Intervention):
                 f"blocks={self.blocks!r} is unknown; use 'all', 'first', 'middle', 'last', a slice or indices."
             )
 
-    @abstractmethod
-    def edit(self, tokens: Tensor) -> Tensor:
-        """Map the samples of each set to new ones.
-
-        Args:
-            tokens: `[S, B, N, D]`: S sets that must not influence each other, of B samples, N tokens, D channels.
-
-        Returns:
-            The same shape and dtype.
-        """
-
     def select(self, count: int) -> frozenset[int]:
         """Indices of the chosen blocks among `count`.
 
@@ -228,6 +150,132 @@ class TokenIntervention(Intervention):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenIntervention(BlockIntervention):
+    """Edits tokens by themselves.
+
+    Attributes:
+        start, stop, branch, blocks, site, padding: see `BlockIntervention`.
+    """
+
+    @abstractmethod
+    def edit(self, tokens: Tensor) -> Tensor:
+        """Map the samples of each set to new ones.
+
+        Args:
+            tokens: `[S, B, N, D]`: S sets that must not influence each other, of B samples, N tokens, D channels.
+
+        Returns:
+            The same shape and dtype.
+        """
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """What an edit of image tokens may know besides them.
+
+    Attributes:
+        moment: noise level, and random numbers.
+        size: height and width of the picture, in pixels; None where the pipeline does not tell, and for videos.
+        rerun: the image tokens `[S, B, N, D]` that leave the block if it is given others, of the same shape, in place
+            of those it had; no edit acts on this second run.
+    """
+
+    moment: Moment
+    size: tuple[int, int] | None
+    rerun: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageIntervention(BlockIntervention):
+    """Edits image tokens with the help of their place in the picture, random numbers, or the block itself.
+
+    Attributes:
+        start, stop, branch, blocks: see `BlockIntervention`.
+        site: always "image".
+
+    Raises:
+        ValueError: if the site is another one.
+    """
+
+    site: Site = "image"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.site != "image":
+            raise ValueError(f"site={self.site!r}: {type(self).__name__} edits image tokens; use 'image'.")
+
+    @abstractmethod
+    def edit(self, tokens: Tensor, block: BlockCall) -> Tensor:
+        """Map the samples of each set to new ones.
+
+        Args:
+            tokens: `[S, B, N, D]`: S sets that must not influence each other, of B samples, N tokens, D channels.
+            block: where and when they were made.
+
+        Returns:
+            The same shape and dtype.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartIntervention(Intervention):
+    """Edits the noise that a pipeline starts from; see the two kinds of it below.
+
+    It acts once, before the first step, so `start`, `stop` and `branch` keep their defaults.
+
+    Raises:
+        ValueError: if they don't.
+    """
+
+    branch: Literal["both", "cond", "uncond"] = "cond"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, default in (("start", 0), ("stop", None), ("branch", "cond")):
+            if getattr(self, name) != default:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: {type(self).__name__} acts once, before the first step; leave "
+                    f"{name} out."
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseIntervention(StartIntervention):
+    """Edits the noise of each image by itself, as the pipeline draws it or is handed it."""
+
+    needs_company: ClassVar[bool] = False
+
+    @abstractmethod
+    def edit(self, noise: Tensor) -> Tensor:
+        """Map the noise of each image to a new one.
+
+        Args:
+            noise: `[B, C, ..., H, W]`.
+
+        Returns:
+            The same shape and dtype.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewIntervention(StartIntervention):
+    """Edits the noise of a prompt's images by what the denoiser makes of it, right before its first step."""
+
+    @abstractmethod
+    def edit(self, noise: Tensor, preview: Callable[[Tensor], Tensor]) -> Tensor:
+        """Map the noise of each set to a new one.
+
+        Args:
+            noise: `[S, B, ...]`, S sets that must not influence each other, of B samples.
+            preview: the images that the denoiser predicts for their prompts from such noise, as latents of the same
+                shape; one evaluation of the denoiser.
+
+        Returns:
+            The same shape and dtype.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
 class ConditionIntervention(Intervention):
     """Edits the prompt's embeddings before the denoiser reads them, at every step anew from the originals."""
 
@@ -250,6 +298,9 @@ class ConditionIntervention(Intervention):
 class PredictionIntervention(Intervention):
     """Edits what the denoiser predicts: noise, or the velocity from the image towards noise."""
 
+    shared: ClassVar[bool] = False  # edits the prompt's branch alone; what that adds is added to the others, too
+    remembers: ClassVar[bool] = False  # wants the finished images
+
     @abstractmethod
     def edit(self, prediction: Tensor, latents: Tensor, moment: Moment) -> Tensor:
         """Map the predictions of each set to new ones.
@@ -261,6 +312,14 @@ class PredictionIntervention(Intervention):
 
         Returns:
             The same shape and dtype.
+        """
+
+    def remember(self, images: Tensor, moment: Moment) -> None:
+        """Take note of the images of a run in its last step, in the window or not, where `remembers`.
+
+        Args:
+            images: `[S, B, ...]`, latents that the prompt's prediction points to.
+            moment: has the memory.
         """
 
 

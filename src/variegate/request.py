@@ -5,28 +5,42 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from variegate.emoji.models import DEVICES, DTYPES, OFFLOADS
+from variegate.intervention import Intervention
 from variegate.interventions import (
     CADS,
+    CNO,
     DAVE,
+    SPARKE,
+    SPELL,
+    STRIDE,
     ContextualRepulsion,
+    DiverseFlow,
+    FeatureSelfGuidance,
     IntervalGuidance,
     ParticleGuidance,
+    PinkNoise,
     SeedVariance,
 )
+from variegate.selection import SGI
 
-if TYPE_CHECKING:
-    from variegate.intervention import Intervention
-
-METHODS: Mapping[str, type[Intervention] | None] = {
+METHODS: Mapping[str, type[Intervention] | type[SGI] | None] = {
     "contextual-repulsion": ContextualRepulsion,
     "cads": CADS,
+    "cno": CNO,
     "dave": DAVE,
+    "diverse-flow": DiverseFlow,
+    "feature-self-guidance": FeatureSelfGuidance,
     "interval-guidance": IntervalGuidance,
     "particle-guidance": ParticleGuidance,
+    "pink-noise": PinkNoise,
     "seed-variance": SeedVariance,
+    "sgi": SGI,
+    "sparke": SPARKE,
+    "spell": SPELL,
+    "stride": STRIDE,
     "none": None,
 }
 
@@ -42,6 +56,7 @@ class Request:
         method: diversity method, one of `METHODS`; "none" is the stock pipeline.
         parameters: keyword arguments of the method; places such as `blocks` also as text, "0,2" or "3:6".
         seed: of the first picture, from 0.
+        seeds: of the pictures, in place of `seed` and those that follow it; nothing is left to choose for sgi then.
         steps: denoising steps; None: the model's default.
         guidance: guidance scale; None: the model's default.
         dtype: "auto", "float32", "bfloat16" or "float16".
@@ -77,6 +92,7 @@ class Request:
     negative_prompt: str | None = None
     height: int | None = None
     width: int | None = None
+    seeds: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.prompts, str) or not self.prompts:
@@ -94,26 +110,39 @@ class Request:
             value = getattr(self, name)
             if value is not None and not low <= value < 2**62:
                 raise ValueError(f"{name}={value!r} is out of range; use a number from {low} upwards.")
+        if self.seeds is not None and (len(self.seeds) != self.n or not all(0 <= seed < 2**62 for seed in self.seeds)):
+            raise ValueError(f"seeds={self.seeds!r} do not fit n={self.n}; use one number from 0 upwards per picture.")
         cls = METHODS[self.method]
         known = [option.name for option in dataclasses.fields(cls)] if cls else []
         for name in self.parameters:
             if name not in known:
                 advice = f"use one of {', '.join(known)}" if known else "leave it out"
                 raise ValueError(f"{name} is no parameter of method {self.method!r}; {advice}.")
-        _ = self.intervention  # refuses bad values of parameters
+        made = self._made()  # refuses bad values of parameters
+        if isinstance(made, SGI):
+            made.check(self.n)
 
     @property
     def intervention(self) -> Intervention | None:
-        """The method with its parameters; None for "none".
+        """The method with its parameters, if it is one that is attached."""
+        made = self._made()
+        return made if isinstance(made, Intervention) else None
 
-        Raises:
-            ValueError: if a parameter is out of its range.
-        """
+    @property
+    def selection(self) -> SGI | None:
+        """The method with its parameters, if it is one that chooses among seeds."""
+        made = self._made()
+        return made if isinstance(made, SGI) else None
+
+    def _made(self) -> Intervention | SGI | None:
         cls = METHODS[self.method]
         if cls is None:
             return None
         places = {name: from_text(self.parameters[name]) for name in ("blocks", "tokens") if name in self.parameters}
-        return cls(**{**self.parameters, **places})
+        try:
+            return cls(**{**self.parameters, **places})
+        except TypeError as error:
+            raise ValueError(f"parameters={dict(self.parameters)!r} do not fit {self.method!r}: {error}.") from error
 
 
 def from_text(place: Any) -> Any:

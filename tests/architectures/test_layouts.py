@@ -18,7 +18,6 @@ from torch import nn
 from tiny import Recorder
 from variegate import ContextualRepulsion, attach, check_layout
 from variegate.architectures import architecture_of, known_architectures
-from variegate.architectures.layout import Part
 from variegate.objectives import Vendi
 
 # Not made from a text, or not images and videos.
@@ -303,4 +302,3 @@ def test_every_record_of_a_joint_class_is_tested_here():
     }
     assert set(CALLS) == set(CONFIGS)
     assert all(issubclass(find_class(name), nn.Module) for name in CALLS)
-    assert isinstance(Part(), Part)

@@ -15,7 +15,7 @@ import contextlib
 import functools
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -46,7 +46,8 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-from tiny import tiny_flux, tiny_sd3
+from tiny import generators, tiny_flux, tiny_sd3
+from tiny import run as tiny_run
 from variegate import ContextualRepulsion, attach
 
 Build = Callable[[], Any]
@@ -62,15 +63,7 @@ CROSSING = ContextualRepulsion(strength=2.0, stop=None, blocks="all", site="cros
 ATTENTION = ContextualRepulsion(strength=2.0, stop=None, blocks="all", site="attention")
 IMAGE = ContextualRepulsion(strength=2.0, stop=None, blocks="all", site="image")
 
-
-def run(pipe: Any, prompt: Any = "a cat", seeds: Sequence[int] = range(IMAGES), **kwargs: Any) -> Tensor:
-    """Final latents, one generator an image."""
-    call = {"num_inference_steps": STEPS, "max_sequence_length": 8, "num_images_per_prompt": len(seeds)} | kwargs
-    return pipe(prompt, generator=generators(seeds), output_type="latent", **call).images
-
-
-def generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
+run = functools.partial(tiny_run, n=IMAGES, num_inference_steps=STEPS, max_sequence_length=8)
 
 
 def transformer(pipe: Any) -> Any:
@@ -388,11 +381,11 @@ def run_in_inference_mode(pipe: Any) -> Tensor:
 
 
 def run_two_prompts(pipe: Any) -> Tensor:
-    return run(pipe, ["a cat", "a dog"], range(4), num_images_per_prompt=2)
+    return run(pipe, ["a cat", "a dog"], n=2)
 
 
 def run_each_prompt(pipe: Any) -> Tensor:
-    return torch.cat([run(pipe, "a cat", (0, 1)), run(pipe, "a dog", (2, 3))])
+    return torch.cat([run(pipe, "a cat", n=2), run(pipe, "a dog", n=2, seed=2)])
 
 
 def run_with_callback(pipe: Any) -> Tensor:

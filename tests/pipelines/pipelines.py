@@ -16,7 +16,7 @@ from denoisers import TEXT, tiny
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from tiny import tiny_flux, tiny_sd3
+from tiny import generators, tiny_flux, tiny_sd3
 from variegate.attachment import DENOISERS
 
 PROMPTS, IMAGES, STEPS = 2, 2, 3
@@ -37,10 +37,9 @@ class Pipeline:
 
     def __call__(self, seed: int | Sequence[int] = 0, **changes: Any) -> Any:
         """Final latents; from one seed, or one for each image."""
-        seeds = [seed] if isinstance(seed, int) else seed
-        generators = [torch.Generator().manual_seed(number) for number in seeds]
         call = {"num_inference_steps": STEPS, "output_type": "latent", "return_dict": False} | self.call | changes
-        return self.pipe(generator=generators[0] if isinstance(seed, int) else generators, **call)[0]
+        generator = generators([seed])[0] if isinstance(seed, int) else generators(seed)
+        return self.pipe(generator=generator, **call)[0]
 
     def denoisers(self) -> list[torch.nn.Module]:
         """Its denoisers."""

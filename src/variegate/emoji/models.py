@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -19,6 +21,16 @@ OFFLOADS = ("none", "model", "sequential")
 _CALL_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     # Its T5 says nothing, in as many tokens as it is asked for: one is enough.
     "emoji-base": {"num_inference_steps": 20, "guidance_scale": 4.0, "max_sequence_length": 1},
+    # Guidance is in its weights: above 1 the pipeline would guide a second time.
+    "emoji-turbo": {"num_inference_steps": 4, "guidance_scale": 0.0, "max_sequence_length": 1},
+    # A Flux pipeline makes 1024 x 1024 pixels unless told; its text encoder reads 16 tokens or any number.
+    "emoji-dev": {
+        "num_inference_steps": 20,
+        "guidance_scale": 4.0,
+        "max_sequence_length": 16,
+        "height": 64,
+        "width": 64,
+    },
 }
 
 
@@ -37,15 +49,71 @@ class Checkpoint:
     revision: str | None = None
 
 
+@dataclass(frozen=True)
+class Description:
+    """What a bundled model is.
+
+    Attributes:
+        name: of the model.
+        pipeline: class of its pipeline in diffusers.
+        parameters: how many its denoiser has.
+        bytes: of its folder.
+        steps: it was made for.
+        guidance: how it is guided: in two passes, by a number it reads, or not at all.
+        licence: of the artwork it was trained on.
+    """
+
+    name: str
+    pipeline: str
+    parameters: int
+    bytes: int
+    steps: int
+    guidance: str
+    licence: str = "MIT, Apache-2.0, CC-BY-4.0 (THIRD_PARTY.md)"
+
+
 def bundled_models() -> dict[str, Path]:
     """Name and folder of every checkpoint in the package.
 
     Example:
         >>> sorted(bundled_models())
-        ['emoji-base']
+        ['emoji-base', 'emoji-turbo']
     """
     folder = Path(str(resources.files(__package__)))
     return {index.parent.name: index.parent for index in sorted(folder.glob("*/model_index.json"))}
+
+
+def describe(name: str) -> Description:
+    """What a bundled model is, read from its folder.
+
+    Raises:
+        ValueError: if there is none of this name.
+
+    Example:
+        >>> describe("emoji-base").pipeline
+        'StableDiffusion3Pipeline'
+    """
+    from safetensors import safe_open
+
+    if name not in bundled_models():
+        raise ValueError(f"model={name!r} is not bundled; use one of {', '.join(bundled_models())}.")
+    folder = bundled_models()[name]
+    parameters = 0
+    for file in (folder / "transformer").glob("*.safetensors"):
+        with safe_open(file, "numpy") as weights:
+            parameters += sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    call = call_defaults(name)
+    scale = call["guidance_scale"]
+    guidance = f"{scale:g}, " + ("distilled" if config.get("guidance_embeds") else "two passes") if scale else "none"
+    return Description(
+        name=name,
+        pipeline=json.loads((folder / "model_index.json").read_text())["_class_name"],
+        parameters=parameters,
+        bytes=sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
+        steps=call["num_inference_steps"],
+        guidance=guidance,
+    )
 
 
 def call_defaults(name: str) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from variegate.intervention import GuidanceIntervention, Moment
+from variegate.intervention import GuidanceIntervention
+from variegate.step import Moment
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from variegate.intervention import Moment, PredictionIntervention
+from variegate.intervention import PredictionIntervention
+from variegate.step import Moment
 
 if TYPE_CHECKING:
     from torch import Tensor

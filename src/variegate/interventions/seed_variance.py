@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from variegate.intervention import ConditionIntervention, Moment
+from variegate.intervention import ConditionIntervention
+from variegate.step import Moment
 
 if TYPE_CHECKING:
     from torch import Tensor

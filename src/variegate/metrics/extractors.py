@@ -1,19 +1,19 @@
-"""Image features for the measures: extractors are callables from images to unit vectors."""
+"""The default extractor, EfficientNet-Lite0, which needs no download."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, normalize, pad
+from torch.nn.functional import interpolate, pad
+
+from variegate.metrics.features import Features, Network, to_tensors
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-Extractor = Callable[["Sequence[Image] | Tensor"], Tensor]
 
 SIZE = 128
 WEIGHTS = "efficientnet_lite0.safetensors"
@@ -88,7 +88,7 @@ class EfficientNetLite0(nn.Module):
         return y.mean(dim=(2, 3))
 
 
-def efficientnet_lite0(*, device: str | torch.device = "cpu", batch_size: int = 64) -> Extractor:
+def efficientnet_lite0(*, device: str | torch.device = "cpu", batch_size: int = 64) -> Network:
     """Extractor of ImageNet features, small enough to be part of the package.
 
     The network is EfficientNet-Lite0 with weights trained on ImageNet; the features are its last layer,
@@ -100,9 +100,7 @@ def efficientnet_lite0(*, device: str | torch.device = "cpu", batch_size: int = 
         batch_size: images in one pass of the network.
 
     Returns:
-        A function of images, a sequence of PIL images of any sizes or a float tensor `[N, 3, H, W]` in
-        [-1, 1], to features `[N, 1280]`, float32, each row of length 1. It raises ValueError for no images,
-        and for a tensor of another shape or of integers.
+        A function of images to features `[N, 1280]`.
 
     Example:
         >>> from PIL import Image
@@ -119,33 +117,10 @@ def efficientnet_lite0(*, device: str | torch.device = "cpu", batch_size: int = 
         network = EfficientNetLite0()
     network.load_state_dict({name: w.to(device, torch.float32) for name, w in weights.items()}, assign=True)
 
-    @torch.no_grad()
-    def extract(images: Sequence[Image] | Tensor) -> Tensor:
-        if len(images) == 0:
-            raise ValueError("images is empty; pass at least one image.")
-        features = []
-        for start in range(0, len(images), batch_size):
-            x = _pixels(images[start : start + batch_size]).to(device)
-            features.append(normalize(network((127.5 * x + 0.5) / 128), dim=-1))
-        return torch.cat(features)
+    def forward(images: Sequence[Image] | Tensor) -> Tensor:
+        resized = [interpolate(x, size=(SIZE, SIZE), mode="bilinear", antialias=True) for x in to_tensors(images)]
+        features: Tensor = network((127.5 * torch.cat(resized).to(device) + 0.5) / 128)
+        return features
 
-    return extract
-
-
-def _pixels(images: Sequence[Image] | Tensor) -> Tensor:
-    """Images as float32 `[N, 3, SIZE, SIZE]` in [-1, 1]."""
-    if isinstance(images, Tensor):
-        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            raise ValueError(
-                f"images is a tensor of shape {tuple(images.shape)} and {images.dtype}; "
-                "use a float tensor [N, 3, H, W] in [-1, 1], or PIL images."
-            )
-        return _resize(images.float())
-    import numpy as np
-
-    arrays = [torch.from_numpy(np.array(image.convert("RGB"))) for image in images]
-    return torch.cat([_resize(array.permute(2, 0, 1)[None] / 127.5 - 1) for array in arrays])
-
-
-def _resize(x: Tensor) -> Tensor:
-    return interpolate(x, size=(SIZE, SIZE), mode="bilinear", antialias=True)
+    seen = Features("efficientnet-lite0", f"{SIZE} x {SIZE} bilinear antialiased", "(v - 127) / 128")
+    return Network(seen, forward, batch_size)

@@ -49,6 +49,30 @@ def vendi_score(features: Tensor, *, order: float = 1.0) -> Tensor:
     return entropy.exp()
 
 
+def mean_pairwise_vendi(features: Tensor, *, order: float = 1.0) -> Tensor:
+    """Mean Vendi score of the pairs of rows of each set of features: comparable whatever N is.
+
+    Args:
+        features: `[..., N, D]`, as for `vendi_score`.
+        order: as there.
+
+    Returns:
+        `[...]`, float64, unit: items, in [1, 2].
+
+    Raises:
+        ValueError: if N is below 2, or as there.
+
+    Example:
+        >>> round(mean_pairwise_vendi(torch.eye(3)[[0, 0, 1]]).item(), 4)  # one equal pair of three: (1 + 2 + 2) / 3
+        1.6667
+    """
+    cosine = _pairwise_cosines(features).clamp(-1, 1)
+    # Two rows at the same angle in a plane have the same score, and D stays out of the pairs.
+    other = torch.stack([cosine, (1 - cosine.square()).sqrt()], dim=-1)
+    first = torch.tensor([1.0, 0.0], dtype=other.dtype, device=other.device).expand_as(other)
+    return vendi_score(torch.stack([first, other], dim=-2), order=order).mean(dim=-1)
+
+
 def mean_pairwise_distance(features: Tensor) -> Tensor:
     """Mean cosine distance between the rows of each set of features.
 
@@ -68,10 +92,15 @@ def mean_pairwise_distance(features: Tensor) -> Tensor:
         >>> round(mean_pairwise_distance(torch.eye(3)[[0, 0, 1]]).item(), 4)  # one equal pair of three
         0.6667
     """
+    return 1 - _pairwise_cosines(features).mean(dim=-1)
+
+
+def _pairwise_cosines(features: Tensor) -> Tensor:
+    """Cosine of each pair of rows i < j, `[..., N (N - 1) / 2]`."""
     rows = _unit_rows(features, least=2)
     count = rows.shape[-2]
     first, second = torch.triu_indices(count, count, offset=1, device=rows.device)
-    return 1 - (rows @ rows.mT)[..., first, second].mean(dim=-1)
+    return (rows @ rows.mT)[..., first, second]
 
 
 def _unit_rows(features: Tensor, least: int) -> Tensor:

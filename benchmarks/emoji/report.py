@@ -1,0 +1,106 @@
+"""Write the tables of docs/RESULTS.md and its pictures from the records beside this file.
+
+    python benchmarks/emoji/report.py
+
+Every method is tuned alike: of its strengths the one that shows most distinct emoji on the tuning prompts while it
+loses at most five points of precision there; if all lose more, the one that loses least. What is told of it are the
+other prompts, with other seeds.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from variegate.bench.grid import read_grid
+from variegate.bench.plotting import COLOURS, plot
+from variegate.bench.summary import Row, Summary, markdown, summarise
+
+HERE = Path(__file__).parent
+DOCS = HERE.parents[1] / "docs"
+MODELS = ("emoji-base", "emoji-turbo", "emoji-dev")
+MOST_LOST = 0.05  # precision, on the tuning prompts
+TUNED = ("labels", "drawings", "vendi", "precision", "similarity")
+CURVE = "contextual repulsion"
+
+
+def results(model: str, split: str) -> Summary | None:
+    """What the records of a model say, where there are any."""
+    folder = HERE / "records" / model / split
+    if not folder.is_dir():
+        return None
+    return summarise(read_grid(str(HERE / f"{split}.toml"), model=model), folder)
+
+
+def best(rows: list[Row]) -> Row:
+    """The strength of a method that is to be reported."""
+    fair = [row for row in rows if row.changes["precision"].mean >= -MOST_LOST]
+    if not fair:
+        return max(rows, key=lambda row: row.changes["precision"].mean)
+    return max(fair, key=lambda row: row.values["labels"].mean)
+
+
+def tuned(tuning: Summary, heldout: Summary) -> Summary:
+    """The held-out rows of the settings that tuning chose, most distinct emoji first."""
+    curves: dict[str, list[Row]] = {}
+    for row in tuning.rows[1:]:
+        curves.setdefault(row.setting.curve, []).append(row)
+    chosen = {best(rows).setting.name for rows in curves.values()}
+    rows = sorted(
+        (row for row in heldout.rows[1:] if row.setting.name in chosen), key=lambda row: -row.values["labels"].mean
+    )
+    return Summary((heldout.rows[0], *rows), heldout.missing, heldout.cells, heldout.origins)
+
+
+def one_strength(found: dict[str, Summary], path: Path) -> None:
+    """Distinct emoji and precision against the strength of contextual repulsion, a line for each model."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axes, measure in zip(figure.subplots(1, 2), ("labels", "precision"), strict=True):
+        for colour, (model, summary) in zip(COLOURS, found.items(), strict=False):
+            rows = [row for row in summary.rows[1:] if row.setting.curve == CURVE]
+            strengths = [float(re.sub(r".*strength=", "", row.setting.point)) for row in rows]
+            change = [row.changes[measure] for row in rows]
+            axes.plot(strengths, [c.mean for c in change], "o-", color=colour, label=model)
+            axes.fill_between(strengths, [c.low for c in change], [c.high for c in change], color=colour, alpha=0.12)
+        axes.axhline(0, color="black", lw=0.8)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(strengths, [f"{s:g}" for s in strengths])
+        axes.set_xlabel("strength")
+        axes.set_ylabel({"labels": "distinct emoji of 8", "precision": "prompt precision"}[measure] + ", against stock")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.2)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    """Put the tables between their marks, and the pictures beside the page."""
+    page = DOCS / "RESULTS.md"
+    text = page.read_text(encoding="utf-8")
+
+    def put(name: str, table: str) -> None:
+        nonlocal text
+        mark: Any = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        if not mark.search(text):
+            raise ValueError(f"{page} has no mark {name!r}; put <!-- {name} --> and <!-- end --> where its table goes.")
+        text = mark.sub(lambda found: f"{found[1]}\n{table}\n\n{found[2]}", text)
+
+    curves = {}
+    for model in MODELS:
+        tuning, heldout = results(model, "tuning"), results(model, "heldout")
+        if heldout is None:
+            continue
+        curves[model] = heldout
+        put(f"{model} all", markdown(heldout, TUNED))
+        plot(heldout, DOCS / f"results-{model}.png", diversity="labels", against=("precision", "similarity"))
+        if tuning is not None:
+            put(f"{model} tuned", markdown(tuned(tuning, heldout), TUNED))
+    one_strength(curves, DOCS / "strength.png")
+    page.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

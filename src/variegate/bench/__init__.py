@@ -1,0 +1,1 @@
+"""The benchmark: a grid of experiments, one immutable record per cell, and what the records say together."""

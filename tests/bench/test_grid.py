@@ -1,0 +1,257 @@
+"""Experiments as files: what they sweep, what they refuse, and which prompts they read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import socket
+from pathlib import Path
+
+import pytest
+
+from variegate.bench.grid import Cell, presets, read_grid
+from variegate.bench.prompts import PROMPT_SETS, SEEDS, prompt_set
+from variegate.emoji.reference import Reference
+from variegate.request import Request
+
+ROOT = Path(__file__).parents[2]
+GRID = """
+model = "emoji-base"
+prompts = ["an animal", "food"]
+n = 4
+groups = 2
+seed = 100
+steps = 5
+
+[[method]]
+name = "cads"
+strength = [0.1, 0.2]
+clear = [0.5, 0.6]
+blind = 0.8
+
+[[method]]
+name = "none"
+label = "lower guidance"
+guidance = [1, 2.5]
+"""
+
+
+def write(folder, text=GRID, name="grid.toml"):
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_lists_are_swept_and_the_stock_pipeline_comes_first(tmp_path):
+    grid = read_grid(write(tmp_path))
+    assert [(setting.curve, setting.point) for setting in grid.settings] == [
+        ("stock", ""),
+        ("cads blind=0.8", "strength=0.1, clear=0.5"),
+        ("cads blind=0.8", "strength=0.1, clear=0.6"),
+        ("cads blind=0.8", "strength=0.2, clear=0.5"),
+        ("cads blind=0.8", "strength=0.2, clear=0.6"),
+        ("lower guidance", "guidance=1"),
+        ("lower guidance", "guidance=2.5"),
+    ]
+    third = grid.settings[3].requests
+    assert [(request.prompts, request.seed) for request in third] == [
+        (("an animal",), 100),
+        (("an animal",), 104),
+        (("food",), 100),
+        (("food",), 104),
+    ]
+    assert third[0].parameters == {"blind": 0.8, "strength": 0.2, "clear": 0.5}
+    assert (third[0].steps, third[0].guidance, third[0].n) == (5, None, 4)
+    assert grid.settings[6].requests[0].guidance == 2.5
+    assert len(list(grid)) == 7 * 4
+
+
+def test_settings_take_turns_and_equal_cells_are_made_once(tmp_path):
+    twice = '\n[[method]]\nname = "cads"\nstrength = [0.1]\nclear = 0.5\nblind = 0.8\n'
+    cells = list(read_grid(write(tmp_path, GRID + twice)))
+    assert len(cells) == 7 * 4
+    assert len({(cell.request.prompts, cell.request.seed) for cell in cells[:7]}) == 1
+
+
+def test_json_is_the_same_grid(tmp_path):
+    table = {"prompts": ["food"], "n": 2, "method": [{"name": "cads", "strength": [0.1]}]}
+    toml = 'prompts = ["food"]\nn = 2\n[[method]]\nname = "cads"\nstrength = [0.1]'
+    first, second = (
+        [cell.key for cell in read_grid(write(tmp_path, text, name))]
+        for text, name in ((json.dumps(table), "a.json"), (toml, "a.toml"))
+    )
+    assert first == second
+
+
+REQUEST = Request(("a cat",), method="cads", parameters={"strength": 0.1}, compare=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompts": ("a dog",)},
+        {"model": "other"},
+        {"method": "none", "parameters": {}},
+        {"parameters": {"strength": 0.2}},
+        {"parameters": {"strength": 0.1, "start": 1}},
+        {"n": 4},
+        {"seed": 8},
+        {"steps": 4},
+        {"guidance": 2.0},
+        {"dtype": "bfloat16"},
+        {"negative_prompt": "grey"},
+        {"height": 32},
+        {"width": 32},
+        {"revision": "main"},
+    ],
+)
+def test_what_changes_the_pictures_is_another_cell(change):
+    assert Cell(REQUEST).key != Cell(dataclasses.replace(REQUEST, **change)).key
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"device": "cpu"},
+        {"model": "/somewhere/else/emoji-base"},
+        {"parameters": {"strength": 0.1, "clear": 0.6}},  # a default, said aloud
+    ],
+)
+def test_what_does_not_is_the_same_cell_and_tells_no_path(change):
+    other = Cell(dataclasses.replace(REQUEST, **change))
+    assert Cell(REQUEST).key == other.key
+    assert "somewhere" not in json.dumps(other.settings)
+
+
+def test_whether_it_is_judged_is_another_cell():
+    assert Cell(REQUEST).key != Cell(REQUEST, judge=True).key
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ("groups = 2", "group = 2", "group is no key of an experiment; use one of model"),
+        ("groups = 2", 'groups = "2"', "groups='2' is not int"),
+        ("groups = 2", "groups = 0", "groups=0 is out of range; use an integer from 1"),
+        ("n = 4", "n = 1", "n=1 is out of range; use an integer from 2"),
+        ("steps = 5", "steps = 0", "steps=0 is out of range"),
+        ("steps = 5", "judge = 1", "judge=1 is not bool"),
+        ('name = "cads"', 'label = "cads"', r"has no name; every \[\[method\]\] needs one"),
+        ('name = "cads"', 'name = "magic"', "method='magic' is unknown; use one of contextual-repulsion"),
+        ("blind = 0.8", "blond = 0.8", "blond is no parameter of method 'cads'"),
+        ("strength = [0.1, 0.2]", "strength = [0.1, -1.0]", "strength=-1.0 is out of range"),
+        ("strength = [0.1, 0.2]", 'strength = ["much"]', "much|not supported"),
+        ("strength = [0.1, 0.2]", "strength = []", "strength=.* is an empty list"),
+        ('prompts = ["an animal", "food"]', "", "prompts are missing"),
+        ('["an animal", "food"]', '"animals"', "prompts='animals' is unknown; use one of emoji-generic-tuning"),
+        ('["an animal", "food"]', '"gone.txt"', "prompts='gone.txt' can't be read: No such file"),
+        ('["an animal", "food"]', "[1]", r"prompts=\[1\] .* not text"),
+        ('["an animal", "food"]', "[]", r"prompts=\[\] has 0 different prompts"),
+        ("steps = 5", "judge = true\nprompts_ = 1", "prompts_ is no key"),
+        ("food", 'quarks"]\njudge = true\nnegative_prompt = ""\nneeds = ""\n#', "prompt='quarks' has no truth"),
+        ("model =", "model", "is neither TOML nor JSON"),
+    ],
+)
+def test_bad_experiments_are_refused_in_one_sentence(tmp_path, old, new, sentence):
+    assert GRID.count(old) == 1
+    path = write(tmp_path, GRID.replace(old, new))
+    with pytest.raises(ValueError, match=sentence) as caught:
+        read_grid(path)
+    assert str(caught.value).startswith(str(path))
+
+
+def test_a_missing_experiment_names_the_presets(tmp_path):
+    with pytest.raises(ValueError, match=r"can't be read: No such file or directory; .* paper-flux-dev, paper-sd3"):
+        read_grid(tmp_path / "gone.toml")
+
+
+COCO = {
+    "annotations": [
+        {"image_id": 7, "id": 12, "caption": "Second of seven. "},
+        {"image_id": 9, "id": 3, "caption": "A dog.\n"},
+        {"image_id": 7, "id": 11, "caption": "First of seven."},
+        {"image_id": 8, "id": 1, "caption": "A dog."},
+    ]
+}
+PARTI = (
+    'Prompt\tCategory\tChallenge\tNote\nbond\tAbstract\t\t\n"Go" on a wall \tArts\tBasic\t\nthe words "a\tArts\t\t\n'
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "prompts"),
+    [
+        ("captions.json", json.dumps(COCO), ("First of seven.", "A dog.")),
+        ("PartiPrompts.tsv", PARTI, ("bond", '"Go" on a wall', 'the words "a')),
+        ("mine.txt", "a cat\n\n a dog \na cat\n", ("a cat", "a dog")),
+    ],
+)
+def test_prompt_files(tmp_path, name, text, prompts):
+    write(tmp_path, text, name)
+    assert prompt_set(name, folder=tmp_path) == prompts
+    grid = read_grid(write(tmp_path, f'prompts = "{name}"\n'))  # a file beside the experiment
+    assert tuple(cell.request.prompts[0] for cell in grid) == prompts
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("a.json", "{}"), ("a.json", "?"), ("a.json", "[]"), ("a.tsv", "Text\nhello"), ("a.tsv", "Prompt\n")],
+)
+def test_prompt_files_of_another_kind(tmp_path, name, text):
+    path = write(tmp_path, text, name)
+    with pytest.raises(ValueError, match=f"prompts={str(path)!r}"):
+        prompt_set(str(path))
+
+
+def test_a_sample_is_always_the_same_and_never_too_small():
+    some = prompt_set("emoji-specific-heldout", count=5)
+    assert some == prompt_set("emoji-specific-heldout", count=5)
+    assert len(set(some)) == 5
+    with pytest.raises(ValueError, match="has 20 different prompts, where count=21 is asked for"):
+        prompt_set("emoji-generic-tuning", count=21)
+
+
+def test_the_sets_have_a_truth_and_nothing_in_common():
+    reference = Reference.load()
+    for prompts in PROMPT_SETS.values():
+        assert all(reference.truth(prompt).labels for prompt in prompts)
+    every = [prompt for prompts in PROMPT_SETS.values() for prompt in prompts]
+    assert len(every) == len(set(every))
+    assert SEEDS["heldout"] - SEEDS["tuning"] == 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "steps", "guidance", "etas", "inner_steps", "stop"),
+    [
+        ("paper-flux-dev", 4, 20, 3.5, [5e6, 1e7, 1e8, 5e8], 50, 1),
+        ("paper-sd3.5-large", 4, 28, 3.5, [5e2, 5e4, 5e5, 5e6], 100, 4),
+        ("paper-sd3.5-turbo", 4, 4, 0, [1e5, 5e5, 1e6, 1e7], 100, 1),
+    ],
+)
+def test_presets_are_the_papers_protocol(tmp_path, name, n, steps, guidance, etas, inner_steps, stop):
+    from variegate import ContextualRepulsion
+
+    captions = {"annotations": [{"image_id": i, "id": i, "caption": f"Picture {i}."} for i in range(1200)]}
+    grid = read_grid(name, prompts=str(write(tmp_path, json.dumps(captions), "captions_val2017.json")))
+    assert len(list(grid)) == 1000 * (1 + len(etas))
+    stock, *rows = (setting.requests[0] for setting in grid.settings)
+    assert (stock.method, stock.n, stock.steps, stock.guidance) == ("none", n, steps, guidance)
+    model = name.removeprefix("paper-")
+    assert [row.intervention for row in rows] == [ContextualRepulsion.paper(model, eta=eta) for eta in etas]
+    assert {(row.intervention.inner_steps, row.intervention.stop) for row in rows} == {(inner_steps, stop)}
+
+
+@pytest.mark.parametrize("name", presets())
+def test_presets_say_what_they_need(name):
+    with pytest.raises(ValueError, match=r"needs the weights of .* --prompts captions_val2017\.json"):
+        read_grid(name)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "emoji").glob("*.toml")), ids=lambda path: path.stem)
+def test_the_experiments_of_the_report_can_be_read(path):
+    grid = read_grid(path)
+    assert {cell.request.seed // 1000 for cell in grid} == {SEEDS[path.stem] // 1000}
+    curves = [setting.curve for setting in grid.settings[1:]]
+    assert all(curves.count(curve) >= 3 for curve in curves)
+    assert not re.search(r"[/\\]|" + re.escape(socket.gethostname()), json.dumps(next(iter(grid)).settings))
