@@ -62,7 +62,7 @@ def test_stride_is_its_equation():
     method = STRIDE(strength=0.7, components=5, exponent=1.5)
     moved = method.edit(tokens, block())
     moment = block().moment
-    moment.randn(torch.empty(1, 3, 10, 10))  # the directions that the components are found from
+    moment.randn(torch.empty(1, 3, 10, 13))  # the directions that the components are found from
     fields = coloured(moment.randn(torch.empty(1, 3, 5, 3, 4).double()), 1.5)
     for h, new, n in zip(tokens[0], moved[0], fields[0], strict=True):
         centred = h - h.mean(0)

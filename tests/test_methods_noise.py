@@ -16,7 +16,7 @@ from pipelines import PIPELINES
 from test_attach import hook_count, run
 from tiny import CHANNELS, SAMPLE_SIZE, tiny_flux, tiny_sd3
 from variegate import CNO, ContextualRepulsion, PinkNoise, Request, attach, generate
-from variegate.noise import coloured, grid, unpack
+from variegate.noise import grid, unpack
 
 METHODS = {
     "pink-noise": (PinkNoise(exponent=1.0), PinkNoise(exponent=0.0)),
@@ -137,10 +137,6 @@ def test_grid_takes_the_rounding_of_pipelines():
     for tokens, height, width in ((8192, 512, 512), (12, 512, 512), (64, 512, 1024)):
         with pytest.raises(ValueError, match="are no grid"):
             grid(tokens, height, width)
-
-
-def test_coloured_keeps_the_dtype():
-    assert coloured(torch.ones(4, 4, dtype=torch.bfloat16), 1.0).dtype == torch.bfloat16
 
 
 def denoise(noise):

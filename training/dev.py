@@ -35,7 +35,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTraine
 from captions import Captions, drawings
 from common import Progress, atomic_save, load_state
 from tokenizer import EOS, MAX_LENGTH
-from transformer import PaddedAttention, TextToImage, encode_latents, learning_rate, load_weights
+from transformer import PaddedAttention, TextToImage, encode_latents, learning_rate, load_parts, load_weights
 
 LENGTH = 16  # text tokens of the short form
 LONG = 512  # those of a plain pipeline call
@@ -193,7 +193,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="npz written by dataset.py")
     parser.add_argument("--teacher", type=Path, default=Path("src/variegate/emoji/emoji-base"))
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints and the log")
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--init", type=Path, help="start from the weights of this pipeline, e.g. the bundled one")
+    parser.add_argument("--steps", type=int, default=4800)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1.2e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -215,7 +216,10 @@ def main() -> None:
     teacher = load_weights(args.teacher, tokenizer).requires_grad_(False)
     teacher.transformer.set_attn_processor(PaddedAttention())
     model = GuidanceDistilled(teacher.text_encoder.config, len(tokenizer_2))
-    start_from(model, teacher)
+    if args.init:
+        load_parts(model, args.init)
+    else:
+        start_from(model, teacher)
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     parts = {"ema": ema, "model": model, "optimizer": optimizer}

@@ -99,9 +99,14 @@ def load_weights(folder: Path, tokenizer: CLIPTokenizer) -> TextToImage:
     """The trained parts of a pipeline's folder."""
     loaded = SD3Transformer2DModel.from_pretrained(folder / "transformer")
     model = TextToImage(tokenizer, loaded.inner_dim, loaded.config.num_layers)
+    load_parts(model, folder)
+    return model
+
+
+def load_parts(model: nn.Module, folder: Path) -> None:
+    """The weights of a pipeline's folder into the parts of a model that have its names."""
     for name, part in model.named_children():
         part.load_state_dict(type(part).from_pretrained(folder / name).state_dict())
-    return model
 
 
 class PaddedAttention:

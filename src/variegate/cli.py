@@ -180,22 +180,15 @@ def replay(
 @app.command()
 def models() -> None:
     """List the bundled models: pipeline class, size, steps, guidance, licence of the artwork they learnt from."""
-    from variegate.emoji.models import bundled_models, describe
+    from variegate.emoji.models import LICENCES, bundled_models, describe
 
-    table = Table("model", "pipeline", "denoiser", "size", "steps", "guidance", "artwork")
+    table = Table("model", "pipeline", "size", "steps", "guidance", box=None)
     for name in bundled_models():
         model = describe(name)
-        size = f"{model.bytes / 1e6:.1f} MB"
-        table.add_row(
-            name,
-            model.pipeline,
-            f"{model.parameters / 1e6:.1f} M",
-            size,
-            str(model.steps),
-            model.guidance,
-            model.licence,
-        )
+        size = f"{model.parameters / 1e6:.1f} M, {model.bytes / 1e6:.0f} MB"
+        table.add_row(name, model.pipeline, size, str(model.steps), model.guidance)
     Console().print(table)
+    typer.echo(f"They learnt from artwork under {LICENCES}; authors: THIRD_PARTY.md.")
 
 
 @app.command(cls=_Documented)

@@ -193,7 +193,7 @@ def coloured(white: Tensor, exponent: float) -> Tensor:
     Frequency 0, at which that has no value, is treated as the lowest other one. Each channel keeps its phases.
 
     Args:
-        white: `[..., H, W]`.
+        white: `[..., H, W]`, float32 or float64.
         exponent: 0 is white, 1 pink, 2 brown.
 
     Returns:
@@ -205,9 +205,8 @@ def coloured(white: Tensor, exponent: float) -> Tensor:
                 [1., 1.]])
     """
     rows, columns = white.shape[-2:]
-    down, across = (torch.fft.fftfreq(n, dtype=torch.float64, device=white.device) for n in (rows, columns))
+    down, across = (torch.fft.fftfreq(n, dtype=torch.float64) for n in (rows, columns))
     frequencies = torch.hypot(down[:, None], across)
     gain = frequencies.clamp_min(1 / max(rows, columns)) ** (-exponent / 2)
-    wide = white if white.dtype == torch.float64 else white.float()
-    filtered: Tensor = torch.fft.ifft2(torch.fft.fft2(wide) * gain.to(wide.dtype)).real
-    return filtered.to(white.dtype)
+    filtered: Tensor = torch.fft.ifft2(torch.fft.fft2(white) * gain.to(white)).real
+    return filtered

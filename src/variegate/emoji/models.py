@@ -16,6 +16,7 @@ from typing import Any
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 OFFLOADS = ("none", "model", "sequential")
+LICENCES = "MIT, Apache-2.0 and CC-BY-4.0"  # of the artwork behind the bundled models
 
 # What a bundled model was made for: arguments of its pipeline's call.
 _CALL_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -60,7 +61,6 @@ class Description:
         bytes: of its folder.
         steps: it was made for.
         guidance: how it is guided: in two passes, by a number it reads, or not at all.
-        licence: of the artwork it was trained on.
     """
 
     name: str
@@ -69,7 +69,6 @@ class Description:
     bytes: int
     steps: int
     guidance: str
-    licence: str = "MIT, Apache-2.0, CC-BY-4.0 (THIRD_PARTY.md)"
 
 
 def bundled_models() -> dict[str, Path]:
@@ -77,7 +76,7 @@ def bundled_models() -> dict[str, Path]:
 
     Example:
         >>> sorted(bundled_models())
-        ['emoji-base', 'emoji-turbo']
+        ['emoji-base', 'emoji-dev', 'emoji-turbo']
     """
     folder = Path(str(resources.files(__package__)))
     return {index.parent.name: index.parent for index in sorted(folder.glob("*/model_index.json"))}

@@ -89,4 +89,5 @@ class CNO(PreviewIntervention):
 
 
 def _length(rows: Tensor) -> Tensor:
-    return rows.flatten(2).norm(dim=2).view(*rows.shape[:2], *[1] * (rows.ndim - 2))
+    lengths: Tensor = rows.flatten(2).norm(dim=2)
+    return lengths.view(*rows.shape[:2], *[1] * (rows.ndim - 2))

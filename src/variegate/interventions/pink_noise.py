@@ -55,6 +55,6 @@ class PinkNoise(NoiseIntervention):
         from variegate.noise import coloured
 
         whole = tuple(range(1, noise.ndim))
-        power = noise.double().square().mean(whole, keepdim=True)
-        pink = coloured(noise.double(), self.exponent)
+        white = noise if noise.element_size() == 8 else noise.float()
+        power, pink = white.square().mean(whole, keepdim=True), coloured(white, self.exponent)
         return (pink * (power / pink.square().mean(whole, keepdim=True)).sqrt()).to(noise.dtype)

@@ -95,8 +95,8 @@ def principal(rows: Tensor, count: int, moment: Moment) -> Tensor:
     """
     import torch
 
-    width = min(count + 8, *rows.shape[2:])  # some more than asked for make the last ones converge, too
-    basis = moment.randn(rows.new_empty(*rows.shape[:2], rows.shape[3], width))
+    # Eight more than asked for make the last ones converge, too.
+    basis = moment.randn(rows.new_empty(*rows.shape[:2], rows.shape[3], count + 8))
     for _ in range(4):
         basis = torch.linalg.qr(rows.mT @ (rows @ basis)).Q
     _, _, turn = torch.linalg.svd(rows @ basis, full_matrices=False)
