@@ -14,7 +14,7 @@ from diffusers import FluxPipeline, StableDiffusion3Pipeline
 from pipelines import PIPELINES
 from test_attach import Shift, hook_count, joint_blocks, run
 from test_methods_noise import slope, untouched, white
-from tiny import Recorder, tiny_flux, tiny_sd3
+from tiny import Recorder, through_a_request, tiny_flux, tiny_sd3
 from variegate import (
     STRIDE,
     Architecture,
@@ -23,9 +23,7 @@ from variegate import (
     FeatureSelfGuidance,
     ImageIntervention,
     Part,
-    Request,
     attach,
-    generate,
 )
 from variegate.intervention import BlockCall
 from variegate.interventions.feature_self_guidance import Dispersion
@@ -333,12 +331,8 @@ def test_inside_a_compiled_denoiser(pipe):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_through_a_request(name):
-    on, _ = METHODS[name]
-    parameters = {option.name: getattr(on, option.name) for option in dataclasses.fields(on)}
-    request = Request(("a cat",), n=2, model="tiny", method=name, parameters=parameters, steps=3, height=16, width=16)
-    stock, changed = generate(request, pipeline=tiny_sd3()).groups[0].rows
-    assert changed.method == name
-    assert any(list(a.getdata()) != list(b.getdata()) for a, b in zip(stock.images, changed.images, strict=True))
+    stock, changed = through_a_request(name, METHODS[name][0])
+    assert any(a.tobytes() != b.tobytes() for a, b in zip(stock, changed, strict=True))
 
 
 @pytest.mark.parametrize(

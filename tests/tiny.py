@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +27,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from variegate import TokenIntervention
+from variegate import Request, TokenIntervention, generate
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 CLIP_LENGTH = 24  # letters of a prompt that the CLIP encoders take, plus 2
@@ -193,3 +194,13 @@ def _t5_tokenizer() -> T5Tokenizer:
 def _t5() -> T5EncoderModel:
     config = T5Config(vocab_size=30, d_model=TEXT, d_kv=8, d_ff=TEXT, num_layers=1, num_heads=2)
     return T5EncoderModel(config).eval()
+
+
+def through_a_request(name, intervention, seed=0):
+    """The stock row and the changed one of a request that says what an intervention is."""
+    parameters = {option.name: getattr(intervention, option.name) for option in dataclasses.fields(intervention)}
+    options = {"n": 2, "seed": seed, "steps": 3, "height": 16, "width": 16}
+    request = Request(("a cat",), model="tiny", method=name, parameters=parameters, **options)
+    stock, changed = generate(request, pipeline=tiny_sd3()).groups[0].rows
+    assert changed.method == name
+    return stock.images, changed.images

@@ -35,7 +35,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTraine
 from captions import Captions, drawings
 from common import Progress, atomic_save, load_state
 from tokenizer import EOS, MAX_LENGTH
-from transformer import PaddedAttention, TextToImage, encode_latents, learning_rate, load_parts, load_weights
+from transformer import PaddedAttention, TextToImage, encode_latents, guided, learning_rate, load_parts, load_weights
 
 LENGTH = 16  # text tokens of the short form
 LONG = 512  # those of a plain pipeline call
@@ -168,23 +168,6 @@ def start_from(student: GuidanceDistilled, teacher: TextToImage) -> None:
         new.proj_out.weight.copy_(torch.cat([old.attn.to_out[0].weight, narrow.weight], dim=1))
         new.proj_out.bias.copy_(old.attn.to_out[0].bias + narrow.bias)
     student.fix()
-
-
-@torch.no_grad()
-def guided(
-    teacher: TextToImage,
-    latents: torch.Tensor,
-    t: torch.Tensor,
-    ids: torch.Tensor,
-    empty: torch.Tensor,
-    w: torch.Tensor,
-) -> torch.Tensor:
-    """The teacher's velocity with guidance of scale `[B]`."""
-    PaddedAttention.log_copies = 0.0
-    both = torch.cat([ids, empty.expand(len(ids), -1)])
-    with torch.autocast("cpu", torch.bfloat16):
-        cond, uncond = teacher(latents.repeat(2, 1, 1, 1), t.repeat(2), both).float().chunk(2)
-    return uncond + w[:, None, None, None] * (cond - uncond)
 
 
 def main() -> None:

@@ -148,6 +148,23 @@ class PaddedAttention:
 
 
 @torch.no_grad()
+def guided(
+    teacher: TextToImage,
+    latents: torch.Tensor,
+    t: torch.Tensor,
+    ids: torch.Tensor,
+    empty: torch.Tensor,
+    w: torch.Tensor,
+) -> torch.Tensor:
+    """Velocity of a frozen model with guidance of scale `[B]`, in half the time by bfloat16 products."""
+    PaddedAttention.log_copies = 0.0
+    both = torch.cat([ids, empty.expand(len(ids), -1)])
+    with torch.autocast("cpu", torch.bfloat16):
+        cond, uncond = teacher(latents.repeat(2, 1, 1, 1), t.repeat(2), both).float().chunk(2)
+    return uncond + w[:, None, None, None] * (cond - uncond)
+
+
+@torch.no_grad()
 def encode_latents(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
     """uint8 `[N, 64, 64, 3]` to latents `[N, 16, 8, 8]`, scaled and shifted to zero mean and unit deviation."""
     chunks = [vae.encode(x.permute(0, 3, 1, 2).float() / 127.5 - 1).latent_dist.mode() for x in pixels.split(64)]

@@ -27,7 +27,7 @@ from transformers import CLIPTokenizer
 from captions import Captions, drawings
 from common import Progress, atomic_save, load_state
 from tokenizer import MAX_LENGTH
-from transformer import PADDING, PaddedAttention, TextToImage, learning_rate, load_weights
+from transformer import PADDING, PaddedAttention, TextToImage, guided, learning_rate, load_weights
 
 NODES = 4  # steps of the student
 SUBSTEPS = 5  # steps of the teacher between two of the student's
@@ -53,12 +53,10 @@ class Paths:
         """Follow the teacher from fresh noise for prompts `[B, 12]`."""
         x = torch.randn(len(ids), 16, 8, 8, generator=generator)
         points, steps = [x], NODES * SUBSTEPS
-        both = torch.cat([ids, self.empty.expand(len(ids), -1)])
+        scale = torch.full((len(ids),), self.guidance)
         for step in range(steps):
-            t = torch.full((2 * len(ids),), 1 - step / steps)
-            with torch.autocast("cpu", torch.bfloat16):
-                cond, uncond = self.teacher(torch.cat([x, x]), t, both).float().chunk(2)
-            x = x - (uncond + self.guidance * (cond - uncond)) / steps
+            t = torch.full((len(ids),), 1 - step / steps)
+            x = x - guided(self.teacher, x, t, ids, self.empty, scale) / steps
             if (step + 1) % SUBSTEPS == 0:
                 points.append(x)
         self.points = torch.cat([self.points, torch.stack(points, dim=1)])[-self.capacity :]
@@ -132,7 +130,6 @@ def main() -> None:
         optimizer.zero_grad()
         step += 1
         torch._foreach_lerp_(list(ema.transformer.parameters()), trained, 1 - min(0.999, (1 + step) / (10 + step)))
-        PaddedAttention.log_copies = 0.0
         progress.update(step, loss=loss)
         if step % 200 == 0 or step == args.steps:
             atomic_save(args.out / "checkpoint.pt", step, **parts)
