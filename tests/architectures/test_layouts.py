@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import diffusers
 import matrix
@@ -287,6 +289,14 @@ def _refused():
     from variegate.architectures import _BUNDLED
 
     return [record.denoiser for record in _BUNDLED if not record.blocks]
+
+
+def test_predictions_that_a_pipeline_turns_round_are_recorded_as_such():
+    folder = Path(diffusers.__file__).parent / "pipelines"
+    turned = [text for path in folder.rglob("*.py") if "noise_pred = -noise_pred" in (text := path.read_text())]
+    denoisers = {name for text in turned for name in re.findall(r"transformer: (\w+)", text)}
+    assert {"HiDreamImageTransformer2DModel", "NucleusMoEImageTransformer2DModel"} <= denoisers
+    assert {name: architecture_of(tiny(name)).sign for name in denoisers} == dict.fromkeys(denoisers, -1)
 
 
 def test_the_page_of_architectures_is_up_to_date():

@@ -14,10 +14,11 @@ def _crossing(
     *,
     image: Part | None = None,
     branches: tuple[str, ...] = ("uncond", "cond"),
+    sign: int = 1,
 ) -> Architecture:
     """Blocks that return the image tokens alone, with one cross-attention each."""
     where = Blocks(f"{blocks}.*", image=image or Part(), cross_attention=Part(module=module))
-    return Architecture(denoiser, (where,), branches, no_context=_CROSS)
+    return Architecture(denoiser, (where,), branches, sign=sign, no_context=_CROSS)
 
 
 UNET = Architecture(
@@ -36,7 +37,7 @@ CROSS_ATTENTION = (
     _crossing("SanaTransformer2DModel", "transformer_blocks", "attn2"),
     _crossing("SanaVideoTransformer3DModel", "transformer_blocks", "attn2"),
     _crossing("HunyuanDiT2DModel", "blocks", "attn2"),
-    _crossing("LuminaNextDiT2DModel", "layers", "attn2", branches=("cond", "uncond")),
+    _crossing("LuminaNextDiT2DModel", "layers", "attn2", branches=("cond", "uncond"), sign=-1),
     _crossing("AllegroTransformer3DModel", "transformer_blocks", "attn2"),
     _crossing("LTXVideoTransformer3DModel", "transformer_blocks", "attn2"),
     _crossing("LTX2VideoTransformer3DModel", "transformer_blocks", "attn2", image=Part(0)),  # (video, audio)
@@ -66,6 +67,7 @@ IMAGE_ONLY = (
         "NucleusMoEImageTransformer2DModel",
         (Blocks("transformer_blocks.*", image=Part()),),
         branches=(),
+        sign=-1,
         no_context=_CROSS,
     ),
     Architecture(
