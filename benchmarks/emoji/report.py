@@ -90,7 +90,7 @@ def main() -> None:
 
     curves = {}
     for model in MODELS:
-        tuning, heldout = results(model, "tuning"), results(model, "heldout")
+        tuning, heldout = results(model, "tuning"), results(model, "heldout") or results(model, "strength")
         if heldout is None:
             continue
         curves[model] = heldout
