@@ -251,7 +251,19 @@ def test_presets_say_what_they_need(name):
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "emoji").glob("*.toml")), ids=lambda path: path.stem)
 def test_the_experiments_of_the_report_can_be_read(path):
     grid = read_grid(path)
-    assert {cell.request.seed // 1000 for cell in grid} == {SEEDS[path.stem] // 1000}
+    split = "tuning" if path.stem == "tuning" else "heldout"
+    assert {cell.request.seed // 1000 for cell in grid} == {SEEDS[split] // 1000}
+    assert {cell.request.prompts[0] for cell in grid} == set(prompt_set(f"emoji-generic-{split}"))
     curves = [setting.curve for setting in grid.settings[1:]]
     assert all(curves.count(curve) >= 3 for curve in curves)
     assert not re.search(r"[/\\]|" + re.escape(socket.gethostname()), json.dumps(next(iter(grid)).settings))
+
+
+def test_the_short_experiment_is_a_part_of_the_long_one():
+    short, whole = (read_grid(ROOT / "benchmarks" / "emoji" / f"{name}.toml") for name in ("strength", "heldout"))
+    assert {cell.key for cell in short} < {cell.key for cell in whole}
+
+
+def test_another_model_in_place_of_the_grids(tmp_path):
+    path = write(tmp_path, 'model = "emoji-base"\nprompts = ["an animal"]\n', "a.toml")
+    assert {cell.request.model for cell in read_grid(path, model="emoji-turbo")} == {"emoji-turbo"}
