@@ -98,6 +98,9 @@ def main() -> None:
         plot(heldout, DOCS / f"results-{model}.png", diversity="labels", against=("precision", "similarity"))
         if tuning is not None:
             put(f"{model} tuned", markdown(tuned(tuning, heldout), TUNED))
+    speed = results("emoji-base", "speed")
+    if speed is not None:
+        put("speed", markdown(speed, ("seconds",)))
     one_strength(curves, DOCS / "strength.png")
     page.write_text(text, encoding="utf-8")
 

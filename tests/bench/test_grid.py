@@ -13,7 +13,7 @@ import pytest
 from variegate.bench.grid import Cell, presets, read_grid
 from variegate.bench.prompts import PROMPT_SETS, SEEDS, prompt_set
 from variegate.emoji.reference import Reference
-from variegate.request import Request
+from variegate.request import METHODS, Request
 
 ROOT = Path(__file__).parents[2]
 GRID = """
@@ -248,10 +248,9 @@ def test_presets_say_what_they_need(name):
         read_grid(name)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "emoji").glob("*.toml")), ids=lambda path: path.stem)
-def test_the_experiments_of_the_report_can_be_read(path):
-    grid = read_grid(path)
-    split = "tuning" if path.stem == "tuning" else "heldout"
+@pytest.mark.parametrize(("name", "split"), [("tuning", "tuning"), ("heldout", "heldout"), ("strength", "heldout")])
+def test_the_experiments_of_the_report_can_be_read(name, split):
+    grid = read_grid(ROOT / "benchmarks" / "emoji" / f"{name}.toml")
     assert {cell.request.seed // 1000 for cell in grid} == {SEEDS[split] // 1000}
     assert {cell.request.prompts[0] for cell in grid} == set(prompt_set(f"emoji-generic-{split}"))
     curves = [setting.curve for setting in grid.settings[1:]]
@@ -267,3 +266,8 @@ def test_the_short_experiment_is_a_part_of_the_long_one():
 def test_another_model_in_place_of_the_grids(tmp_path):
     path = write(tmp_path, 'model = "emoji-base"\nprompts = ["an animal"]\n', "a.toml")
     assert {cell.request.model for cell in read_grid(path, model="emoji-turbo")} == {"emoji-turbo"}
+
+
+def test_the_speed_of_every_method_is_measured():
+    grid = read_grid(ROOT / "benchmarks" / "emoji" / "speed.toml")
+    assert {cell.request.method for cell in grid} == set(METHODS)
