@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from typer.core import TyperCommand
 
 from variegate import __version__
 from variegate.bench.cli import bench
-from variegate.terminal import plain_errors as _plain_errors
+from variegate.terminal import plain_errors, progress
 
 if TYPE_CHECKING:
     from variegate.gallery import Gallery
@@ -128,13 +126,13 @@ def generate(
     }  # fmt: skip
     parameters = _given({"strength": strength, "start": start, "stop": stop, "blocks": blocks, "site": site})
     parameters |= dict(map(_pair, parameter or ()))
-    with _plain_errors():
+    with plain_errors():
         from variegate.gallery import check_writable
         from variegate.request import Request
 
         request = Request(tuple(prompts), parameters=parameters, **_given(options))
         check_writable(output)
-        with _progress(f"loading {request.model}") as report:
+        with progress(f"loading {request.model}") as report:
             from variegate.generation import generate as run
 
             gallery = run(request, progress=report)
@@ -153,12 +151,12 @@ def replay(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the picture and its group.")] = None,
 ) -> None:
     """Make a picture again, with its whole group, and say whether it is identical (exit code 1 if not)."""
-    with _plain_errors():
+    with plain_errors():
         if output is not None:
             from variegate.gallery import check_writable
 
             check_writable(output)
-        with _progress("loading") as report:
+        with progress("loading") as report:
             from variegate.generation import replay as run
 
             again = run(image, model=model, device=device, progress=report)
@@ -204,13 +202,13 @@ def diagnose(
 ) -> None:
     """Is a model typical on a prompt? Its pictures beside those of prompts that have nothing in common."""
     options = {"n": n, "model": model, "seed": seed, "steps": steps, "guidance": guidance, "device": device}
-    with _plain_errors():
+    with plain_errors():
         from variegate.gallery import check_writable
         from variegate.request import Request
 
         request = Request((prompt,), method="none", **_given(options))
         check_writable(output.parent)
-        with _progress(f"loading {request.model}") as report:
+        with progress(f"loading {request.model}") as report:
             from variegate.diagnosis import diagnose as run
 
             found = run(request, progress=report)
@@ -240,7 +238,7 @@ def score(
     json_file: Annotated[Path | None, typer.Option("--json", help="File for the numbers.")] = None,
 ) -> None:
     """Measure the diversity of folders of images, within each prompt, and the distance to a reference."""
-    with _plain_errors():
+    with plain_errors():
         from variegate import metrics
         from variegate.gallery import check_writable
         from variegate.scoring import earlier, save
@@ -307,7 +305,7 @@ def check(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
 ) -> None:
     """Check on one denoising step that what is known of a model's tokens is right (exit code 1 if not)."""
-    with _plain_errors(), _progress(f"loading {model}"):
+    with plain_errors(), progress(f"loading {model}"):
         from variegate.attachment import denoisers_of
         from variegate.check import capture_call, check_layout
         from variegate.emoji.models import call_defaults, load_pipeline
@@ -320,20 +318,6 @@ def check(
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
-
-
-@contextmanager
-def _progress(task: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar over denoising steps, waiting while the model is loading; nothing where there is no terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        place = bar.add_task(escape(task), total=None)
-
-        def report(done: int, total: int) -> None:
-            bar.update(place, description="denoising", completed=done, total=total)
-
-        yield report
 
 
 def _print_table(gallery: Gallery) -> None:

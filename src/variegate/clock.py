@@ -50,9 +50,11 @@ class Clock:
         self._first: Rows | None = None  # text of the step's first call of one branch
         self._batch = 0  # rows of the run's calls that hold all branches
         self._groups: dict[int, list[list[int]]] = {}
-        # What interventions keep, by their identity, and what they have added in this step to the predictions of a set
-        # of samples: here, because the denoisers of a pipeline share it as they share the clock.
+        # What interventions keep, by their identity; the predictions of this step's prompts, a tensor for each set; and
+        # what interventions have added in this step to the predictions of a set of samples: here, because the denoisers
+        # of a pipeline share it as they share the clock.
         self.memory: dict[int, dict[str, Tensor]] = defaultdict(dict)
+        self.conditional: list[Tensor] = []
         self.offsets: dict[tuple[int, tuple[int, ...]], Tensor] = {}
 
     def tick(self, architecture: Architecture, call: Call) -> Step:
@@ -76,7 +78,7 @@ class Clock:
         if key != self._key or (not hasattr(scheduler, "step_index") and self._moved(latents)):
             self._index += 1
             self._latents, self._first = latents, None
-            self.offsets = {}
+            self.conditional, self.offsets = [], {}
         self._key = key
         sets = self._sets(architecture, latents, call[architecture.text])
         return Step(self._index, self._total(), sets, self._noise(now), self._next_noise(), self._prediction_type())

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from variegate.metrics import Extractor
-
 LIBRARIES = ("variegate", "torch", "diffusers", "transformers")
 
 Progress = Callable[[int, int], None]
@@ -68,7 +66,7 @@ def generate(request: Request, *, pipeline: Any | None = None, progress: Progres
         >>> [len(row.images) for row in gallery.groups[0].rows]
         [4, 4]
     """
-    method = request.intervention or request.selection
+    method = request.configured
     if request.n == 1 and method is not None and method.needs_company:
         warnings.warn(
             "n=1: a single picture has nothing to be different from, so it is the stock pipeline's.",
@@ -164,8 +162,7 @@ class _Run:
         self.has_callback = "callback_on_step_end" in known
         self.text_length = values.get("max_sequence_length")
         self.request, self.pipeline, self.progress = request, pipeline, progress
-        self.method = request.intervention or request.selection
-        self.extract: Extractor | None = None
+        self.method = request.configured
         steps = self.steps * ((request.compare or self.method is None) + (self.method is not None))
         # Both refuse before anything is made.
         if isinstance(self.method, SGI):
@@ -213,8 +210,7 @@ class _Run:
         if len(images) > 1:
             from variegate.metrics import efficientnet_lite0
 
-            self.extract = self.extract or efficientnet_lite0()
-            vendi, distance = diversity(self.extract(images))
+            vendi, distance = diversity(efficientnet_lite0()(images))
         parameters = {
             option.name: to_text(getattr(method, option.name))
             for option in (dataclasses.fields(method) if method else ())

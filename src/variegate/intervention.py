@@ -300,6 +300,7 @@ class PredictionIntervention(Intervention):
 
     shared: ClassVar[bool] = False  # edits the prompt's branch alone; what that adds is added to the others, too
     remembers: ClassVar[bool] = False  # wants the finished images
+    reads_text: ClassVar[bool] = False  # wants `Moment.text`
 
     @abstractmethod
     def edit(self, prediction: Tensor, latents: Tensor, moment: Moment) -> Tensor:

@@ -94,7 +94,6 @@ class Plan:
         self.interventions = tuple(interventions)
         self.call: Call = {}
         self.step: Step | None = None
-        self.conditional: list[Tensor] = []  # predictions of this step's prompts, a tensor for each set
         self.real: Tensor | None = None
         self.edits: list[_Edit] = []
         self.edits_of: dict[nn.Module, list[_Edit]] = defaultdict(list)
@@ -171,9 +170,7 @@ class Plan:
         """Before the denoiser runs: read the clock, find the places of the tokens, edit the condition."""
         _refuse_split_tokens(self.module)
         self.call = dict(zip(self.parameters, (self.module, *args), strict=False)) | kwargs
-        last, self.step = self.step, self.clock.tick(self.architecture, self.call)
-        if last is None or last.index != self.step.index:
-            self.conditional = []
+        self.step = self.clock.tick(self.architecture, self.call)
         places: dict[Locate | None, Place] = {}
         for edit in self.edits:
             edit.on = edit.intervention.active(self.step)
@@ -323,10 +320,10 @@ class Plan:
         """Edit unconditional rows by the conditional ones, which come in the same call or in an earlier one."""
         assert self.step is not None
         conditional = [prediction[list(samples.rows)] for samples in self.step.sets if samples.branch == "cond"]
-        self.conditional = conditional or self.conditional
+        self.clock.conditional = conditional or self.clock.conditional
         unconditional = [samples.rows for samples in self.step.sets if samples.branch == "uncond"]
         for guiding in self._active(GuidanceIntervention):
-            for rows, other in zip(unconditional, self.conditional, strict=bool(unconditional)):
+            for rows, other in zip(unconditional, self.clock.conditional, strict=bool(unconditional)):
                 old = prediction[list(rows)][None]
                 prediction[list(rows)] = guiding.edit(old, other[None], self._moment([rows]))[0]
 
@@ -353,20 +350,17 @@ class Plan:
     def _text(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """An embedding of the prompt of every row, `[S, B, C]`: the pooled one, or the mean of its real tokens."""
         pooled = next((self.call[name] for name in POOLED if self.call.get(name) is not None), None)
-        if pooled is None:
-            text = self.call[self.architecture.text]
-            real = self.architecture.real(self.call) if self.architecture.real is not None else None
+        real = self.architecture.real(self.call) if pooled is None and self.architecture.real is not None else None
 
-            def of(row: int) -> Tensor:
-                tokens: Tensor = text[row].reshape(-1, text[row].shape[-1]).float()
-                if real is None or len(real[row]) > len(tokens):  # the mask is of rows that were filled up
-                    return tokens.mean(0)
-                return tokens[-len(real[row]) :][real[row]].mean(0)
-
-        else:
-
-            def of(row: int) -> Tensor:
-                return pooled[row].float()  # type: ignore[no-any-return]  # an argument of the denoiser
+        def of(row: int) -> Tensor:
+            if pooled is not None:
+                embedding: Tensor = pooled[row].float()
+                return embedding
+            text = self.call[self.architecture.text][row]
+            tokens: Tensor = text.reshape(-1, text.shape[-1]).float()
+            if real is None or len(real[row]) > len(tokens):  # the mask is of rows that were filled up
+                return tokens.mean(0)
+            return tokens[-len(real[row]) :][real[row]].mean(0)
 
         return torch.stack([torch.stack([of(row) for row in samples]) for samples in rows])
 
@@ -376,12 +370,14 @@ class Plan:
             raise ValueError(
                 "The noise level is unknown: attach to the pipeline, whose scheduler tells it, not to its denoiser."
             )
-        samples = [[row % self._images() for row in group] for group in rows]
+        images = self._images()
+        samples = [[row % images for row in group] for group in rows]
         moment = Moment(
             self.step.noise, samples, self.seed, self.step.index, self.step.next_noise, self.step.prediction_type
         )
         if predicting is not None:
-            moment.text, moment.memory = self._text(rows), self.clock.memory[id(predicting)]
+            moment.memory = self.clock.memory[id(predicting)]
+            moment.text = self._text(rows) if predicting.reads_text else None
         return moment
 
     def _apply(self, intervention: BlockIntervention, tokens: Tensor, rerun: Rerun | None = None) -> Tensor:

@@ -118,23 +118,19 @@ class Request:
             if name not in known:
                 advice = f"use one of {', '.join(known)}" if known else "leave it out"
                 raise ValueError(f"{name} is no parameter of method {self.method!r}; {advice}.")
-        made = self._made()  # refuses bad values of parameters
+        made = self.configured  # refuses bad values of parameters
         if isinstance(made, SGI):
             made.check(self.n)
 
     @property
     def intervention(self) -> Intervention | None:
         """The method with its parameters, if it is one that is attached."""
-        made = self._made()
+        made = self.configured
         return made if isinstance(made, Intervention) else None
 
     @property
-    def selection(self) -> SGI | None:
-        """The method with its parameters, if it is one that chooses among seeds."""
-        made = self._made()
-        return made if isinstance(made, SGI) else None
-
-    def _made(self) -> Intervention | SGI | None:
+    def configured(self) -> Intervention | SGI | None:
+        """The method with its parameters: one that is attached, or one that chooses among seeds; None for "none"."""
         cls = METHODS[self.method]
         if cls is None:
             return None

@@ -54,7 +54,7 @@ class Moment:
         next_noise: see `Step`.
         prediction_type: see `Step`.
         text: an embedding of the prompt of every sample, `[S, B, C]`: the pooled one, or the mean of its tokens; None
-            for edits of conditions.
+            for edits that don't ask for it.
         memory: what the intervention keeps for later steps and calls; it lives as long as the attachment.
     """
 

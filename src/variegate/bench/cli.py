@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from variegate.terminal import plain_errors
+from variegate.terminal import plain_errors, progress
 
 bench = typer.Typer(help="Compare methods on a grid of settings, prompts and seeds.", no_args_is_help=True)
 
@@ -42,7 +38,7 @@ def run(
 
         experiment = read_grid(grid, prompts=prompts, model=model)
         folder = _folder(grid, results)
-        with _progress() as report:
+        with progress("cells", "cells") as report:
             outcome = make(experiment, folder, workers=workers, ray=ray, place=Place(device, offload), progress=report)
     typer.echo(f"{outcome.made} records made, {outcome.before} were there before; they are in {folder}")
     for reason, count in outcome.failures.items():
@@ -104,17 +100,3 @@ def _folder(grid: str, results: Path | None) -> Path:
     from variegate.bench.grid import presets
 
     return results or (Path(grid) if grid in presets() else Path(grid).with_suffix(""))
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar over cells; nothing where there is no terminal."""
-    columns = (TextColumn("cells"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        place = bar.add_task("", total=None)
-
-        def report(done: int, total: int) -> None:
-            bar.update(place, completed=done, total=total)
-
-        yield report

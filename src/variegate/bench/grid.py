@@ -53,7 +53,7 @@ class Cell:
         Parameters are complete, so that a change of a method's defaults makes other cells. A model goes by its last
         name, so that no path is told; its weights are compared when records are written.
         """
-        request, method = self.request, self.request.intervention or self.request.selection
+        request, method = self.request, self.request.configured
         kept = ("revision", "n", "seed", "steps", "guidance", "dtype", "negative_prompt", "height", "width", "method")
         options = fields(method) if method else ()
         parameters = {option.name: to_text(getattr(method, option.name)) for option in options}

@@ -60,6 +60,7 @@ class SPARKE(PredictionIntervention):
     needs_company: ClassVar[bool] = False
     shared: ClassVar[bool] = True
     remembers: ClassVar[bool] = True
+    reads_text: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

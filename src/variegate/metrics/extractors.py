@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from importlib import resources
 from typing import TYPE_CHECKING
@@ -88,6 +89,7 @@ class EfficientNetLite0(nn.Module):
         return y.mean(dim=(2, 3))
 
 
+@functools.cache  # everything that measures asks for it, once for every group
 def efficientnet_lite0(*, device: str | torch.device = "cpu", batch_size: int = 64) -> Network:
     """Extractor of ImageNet features, small enough to be part of the package.
 
