@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import warnings
 
 import pytest
 import torch
 
 from test_attach import hook_count, run
-from tiny import through_a_request, tiny_flux, tiny_sd3
+from tiny import one_and_two, through_a_request, tiny_flux, tiny_sd3
 from variegate import CADS, DAVE, IntervalGuidance, ParticleGuidance, SeedVariance, attach
 from variegate.step import Moment
 
@@ -127,13 +126,8 @@ def test_a_method_on_a_pipeline(pipe, name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_one_image_and_two(pipe, name):
-    on, _ = METHODS[name]
     guided = {"true_cfg_scale": 3.0, "negative_prompt": "a dog"} if "Flux" in type(pipe).__name__ else {}
-    for n in (1, 2):
-        stock = run(pipe, n=n, **guided)
-        with attach(pipe, on), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            changed = run(pipe, n=n, **guided)
+    for n, stock, changed in one_and_two(pipe, METHODS[name][0], **guided):
         assert changed.isfinite().all()
         assert torch.equal(changed, stock) == (n == 1 and name not in ALONE)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +13,7 @@ from diffusers import FluxImg2ImgPipeline, FluxPipeline, StableDiffusion3Img2Img
 
 from pipelines import PIPELINES
 from test_attach import hook_count, run
-from tiny import CHANNELS, SAMPLE_SIZE, through_a_request, tiny_flux, tiny_sd3
+from tiny import CHANNELS, SAMPLE_SIZE, one_and_two, through_a_request, tiny_flux, tiny_sd3
 from variegate import CNO, ContextualRepulsion, PinkNoise, attach
 from variegate.noise import grid, unpack
 
@@ -260,11 +259,7 @@ def test_a_method_on_a_pipeline(pipe, name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_one_image_and_two(pipe, name):
-    for n in (1, 2):
-        stock = run(pipe, n=n)
-        with attach(pipe, METHODS[name][0]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            changed = run(pipe, n=n)
+    for n, stock, changed in one_and_two(pipe, METHODS[name][0]):
         assert changed.isfinite().all()
         assert torch.equal(changed, stock) == (n == 1 and name not in ALONE)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +28,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from variegate import Request, TokenIntervention, generate
+from variegate import Request, TokenIntervention, attach, generate
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 CLIP_LENGTH = 24  # letters of a prompt that the CLIP encoders take, plus 2
@@ -204,3 +205,13 @@ def through_a_request(name, intervention, seed=0):
     stock, changed = generate(request, pipeline=tiny_sd3()).groups[0].rows
     assert changed.method == name
     return stock.images, changed.images
+
+
+def one_and_two(pipe, intervention, **options) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Number, stock latents and changed ones of a single image, then of two; nothing is said of the single one."""
+    for n in (1, 2):
+        stock = run(pipe, n=n, **options)
+        with attach(pipe, intervention), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            changed = run(pipe, n=n, **options)
+        yield n, stock, changed

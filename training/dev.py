@@ -34,7 +34,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTraine
 
 from captions import Captions, drawings
 from common import Progress, atomic_save, load_state
-from tokenizer import EOS, MAX_LENGTH
+from tokenizer import EOS, MAX_LENGTH, ids_of
 from transformer import PaddedAttention, TextToImage, encode_latents, guided, learning_rate, load_parts, load_weights
 
 LENGTH = 16  # text tokens of the short form
@@ -193,9 +193,6 @@ def main() -> None:
     vae = AutoencoderKL.from_pretrained(args.teacher / "vae").eval()
     latents = encode_latents(vae, torch.from_numpy(data["images"])[[item.row for item in items]])
 
-    def ids_of(words: PreTrainedTokenizerFast | CLIPTokenizer, texts: list[str], length: int) -> torch.Tensor:
-        return words(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-
     teacher = load_weights(args.teacher, tokenizer).requires_grad_(False)
     teacher.transformer.set_attn_processor(PaddedAttention())
     model = GuidanceDistilled(teacher.text_encoder.config, len(tokenizer_2))
@@ -207,7 +204,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     parts = {"ema": ema, "model": model, "optimizer": optimizer}
     step = load_state(args.out / "checkpoint.pt", **parts)
-    empty = ids_of(tokenizer, [""], MAX_LENGTH)
+    empty = ids_of(tokenizer, [""])
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(items)} drawings", flush=True)
 
     progress = Progress(args.steps, step, args.batch, args.out / "loss.csv")
@@ -215,7 +212,7 @@ def main() -> None:
         rng = random.Random(f"{args.seed} {step}")
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         texts, rows = zip(*(captions.draw(rng) for _ in range(args.batch)), strict=True)
-        ids, ids_2 = ids_of(tokenizer, list(texts), MAX_LENGTH), ids_of(tokenizer_2, list(texts), LENGTH)
+        ids, ids_2 = ids_of(tokenizer, texts), ids_of(tokenizer_2, texts, LENGTH)
         image = latents[list(rows)]
         noise = torch.randn(image.shape, generator=generator)
         t = torch.randn(args.batch, generator=generator).sigmoid()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
 MAX_LENGTH = 12
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -44,3 +46,10 @@ def train_tokenizer(texts: list[str], folder: Path) -> CLIPTokenizer:
     )
     clip.save_pretrained(folder)
     return clip
+
+
+def ids_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int = MAX_LENGTH) -> torch.Tensor:
+    """Token ids `[B, length]`, padded and cut as a pipeline does."""
+    return tokenizer(
+        list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).input_ids

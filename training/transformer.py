@@ -30,7 +30,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 
 from captions import Captions, drawings
 from common import Progress, atomic_save, load_state
-from tokenizer import MAX_LENGTH, train_tokenizer
+from tokenizer import MAX_LENGTH, ids_of, train_tokenizer
 
 PADDING = 256  # zero tokens of a plain pipeline call
 
@@ -228,9 +228,7 @@ def main() -> None:
         rng = random.Random(f"{args.seed} {step}")
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         texts, rows = zip(*(captions.draw(rng) for _ in range(args.batch)), strict=True)
-        ids = tokenizer(
-            list(texts), padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt"
-        ).input_ids
+        ids = ids_of(tokenizer, texts)
         image = latents[list(rows)]
         noise = torch.randn(image.shape, generator=generator)
         t = torch.randn(args.batch, generator=generator).sigmoid()

@@ -26,7 +26,7 @@ from transformers import CLIPTokenizer
 
 from captions import Captions, drawings
 from common import Progress, atomic_save, load_state
-from tokenizer import MAX_LENGTH
+from tokenizer import MAX_LENGTH, ids_of
 from transformer import PADDING, PaddedAttention, TextToImage, guided, learning_rate, load_weights
 
 NODES = 4  # steps of the student
@@ -90,11 +90,6 @@ def main() -> None:
     captions = Captions(drawings(np.load(args.data)))
     tokenizer = CLIPTokenizer.from_pretrained(args.teacher / "tokenizer")
 
-    def ids_of(texts: list[str]) -> torch.Tensor:
-        return tokenizer(
-            texts, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt"
-        ).input_ids
-
     teacher = load_weights(args.teacher, tokenizer).requires_grad_(False)
     teacher.transformer.set_attn_processor(PaddedAttention())
     student = load_weights(args.init or args.teacher, tokenizer)
@@ -107,7 +102,7 @@ def main() -> None:
     parts = {"ema": ema.transformer, "model": student.transformer, "optimizer": optimizer}
     step = load_state(args.out / "checkpoint.pt", **parts)
 
-    paths = Paths(teacher, args.guidance, ids_of([""]))
+    paths = Paths(teacher, args.guidance, ids_of(tokenizer, [""]))
     progress = Progress(args.steps, step, args.batch, args.out / "loss.csv")
     every = NODES * args.reuse
     while step < args.steps:
@@ -116,7 +111,7 @@ def main() -> None:
         # A ring that is young, at the start or after a kill, is filled before anything is learnt from it.
         while step % every == 0 or len(paths.ids) < 4 * args.batch:
             texts = [captions.draw(rng)[0] for _ in range(args.batch)]
-            paths.extend(ids_of(texts), generator)
+            paths.extend(ids_of(tokenizer, texts), generator)
             if len(paths.ids) >= 4 * args.batch:
                 break
         points, t, velocity, ids = paths.draw(args.batch, generator)
