@@ -181,6 +181,17 @@ def test_a_report_of_a_generic_prompt(small):
     assert judge.report(pictures, "a toy, bright style").style_precision == 0.6
 
 
+def test_the_kid_of_a_report_is_against_what_the_prompt_allows(small):
+    judge, pictures = small
+    features, drawings = judge.reference.features, judge.reference.drawings
+    for prompt in ("a toy", "a toy, bright style"):
+        truth = judge.reference.truth(prompt)
+        rows = [i for i, d in enumerate(drawings) if d.label in truth.labels and truth.style in (None, d.style)]
+        expected = kid(judge.extract(pictures), features[rows], scale=1.0).item()
+        assert judge.report(pictures, prompt).kid == pytest.approx(expected)
+    assert judge.report(pictures, "tree").kid is None  # one drawing is no distribution
+
+
 def test_a_report_needs_two_pictures_and_a_truth(small):
     judge, pictures = small
     with pytest.raises(ValueError, match="at least two"):

@@ -9,6 +9,8 @@ other prompts, with other seeds.
 
 from __future__ import annotations
 
+import functools
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -17,14 +19,39 @@ from matplotlib.figure import Figure
 
 from variegate.bench.grid import read_grid
 from variegate.bench.plotting import COLOURS, plot
+from variegate.bench.records import Record
 from variegate.bench.summary import Row, Summary, markdown, summarise
+from variegate.emoji.models import bundled_models
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs"
 MODELS = ("emoji-base", "emoji-turbo", "emoji-dev")
 MOST_LOST = 0.05  # precision, on the tuning prompts
-TUNED = ("labels", "drawings", "vendi", "precision", "similarity")
+SHOWN = ("labels", "drawings", "tail", "vendi", "precision", "similarity", "kid")
 CURVE = "contextual repulsion"
+
+
+@functools.cache
+def tail_of(phrase: str) -> tuple[frozenset[str], float]:
+    """The rarest emoji under a generic phrase, at most half of what the training data shows, and their share."""
+    table = json.loads((bundled_models()["emoji-base"] / "frequencies.json").read_text())["emoji"][phrase]
+    total = 0.0
+    rare = []
+    for label, share in sorted(table.items(), key=lambda item: item[1]):
+        if total + share > 0.5:
+            break
+        total += share
+        rare.append(label)
+    return frozenset(rare), total
+
+
+def tail(record: Record) -> dict[str, float]:
+    """How much of the tail is there: 1 if the rarer half of the data's emoji is as frequent as in the data."""
+    if not record.verdicts:
+        return {}
+    rare, share = tail_of(record.settings["prompt"].split(",")[0])
+    labels = [label for label, *_ in record.verdicts]
+    return {"tail": sum(label in rare for label in labels) / len(labels) / share}
 
 
 def results(model: str, split: str) -> Summary | None:
@@ -32,7 +59,7 @@ def results(model: str, split: str) -> Summary | None:
     folder = HERE / "records" / model / split
     if not folder.is_dir():
         return None
-    return summarise(read_grid(str(HERE / f"{split}.toml"), model=model), folder)
+    return summarise(read_grid(str(HERE / f"{split}.toml"), model=model), folder, tail)
 
 
 def best(rows: list[Row]) -> Row:
@@ -53,6 +80,11 @@ def tuned(tuning: Summary, heldout: Summary) -> Summary:
         (row for row in heldout.rows[1:] if row.setting.name in chosen), key=lambda row: -row.values["labels"].mean
     )
     return Summary((heldout.rows[0], *rows), heldout.missing, heldout.cells, heldout.origins)
+
+
+def table(summary: Summary) -> str:
+    """What is shown of each setting, as far as the records have it."""
+    return markdown(summary, [measure for measure in SHOWN if measure in summary.rows[0].values])
 
 
 def one_strength(found: dict[str, Summary], path: Path) -> None:
@@ -81,12 +113,12 @@ def main() -> None:
     page = DOCS / "RESULTS.md"
     text = page.read_text(encoding="utf-8")
 
-    def put(name: str, table: str) -> None:
+    def put(name: str, content: str) -> None:
         nonlocal text
         mark: Any = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not mark.search(text):
             raise ValueError(f"{page} has no mark {name!r}; put <!-- {name} --> and <!-- end --> where its table goes.")
-        text = mark.sub(lambda found: f"{found[1]}\n{table}\n\n{found[2]}", text)
+        text = mark.sub(lambda found: f"{found[1]}\n{content}\n\n{found[2]}", text)
 
     curves = {}
     for model in MODELS:
@@ -94,10 +126,10 @@ def main() -> None:
         if heldout is None:
             continue
         curves[model] = heldout
-        put(f"{model} all", markdown(heldout, TUNED))
+        put(f"{model} all", table(heldout))
         plot(heldout, DOCS / f"results-{model}.png", diversity="labels", against=("precision", "similarity"))
         if tuning is not None:
-            put(f"{model} tuned", markdown(tuned(tuning, heldout), TUNED))
+            put(f"{model} tuned", table(tuned(tuning, heldout)))
     speed = results("emoji-base", "speed")
     if speed is not None:
         put("speed", markdown(speed, ("seconds",)))

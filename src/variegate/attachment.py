@@ -74,16 +74,18 @@ class Attachment:
         self._warned = False
         enabled = [intervention for intervention in interventions if intervention.enabled]
         pipeline = None if isinstance(target, nn.Module) else target
-        clock = Clock(pipeline, groups)
+        self._clock = clock = Clock(pipeline, groups)
         try:
             denoisers = denoisers_of(target)
             self._start = Start(pipeline, enabled)
             for denoiser in denoisers:
-                self._plans.append(Plan(denoiser, architecture, enabled, clock, self._start, seed, self._warn_once))
+                self._plans.append(
+                    Plan(denoiser, architecture, enabled, clock, self._start, seed, self._warn_once)
+                )
             for plan in self._plans:
-                for module, hook in plan.hooks():
+                for module, hook in plan.tokens.hooks():
                     self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
-                if plan.edits_predictions:
+                if plan.predictions:
                     self._handles.append(plan.outer.register_forward_hook(plan.end))
                 self._handles.append(plan.outer.register_forward_pre_hook(plan.begin, with_kwargs=True))
             if any(plan.is_compiled() for plan in self._plans):
@@ -97,7 +99,7 @@ class Attachment:
         while self._handles:
             self._handles.pop().remove()
         while self._plans:
-            self._plans.pop().forget()
+            self._plans.pop().tokens.forget()
         if self._start is not None:
             self._start.remove()
 

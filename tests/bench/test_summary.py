@@ -67,6 +67,12 @@ def test_means_are_over_groups_then_prompts(grid, folder):
     assert (summary.missing, summary.cells) == (0, 32)
 
 
+def test_further_measures_of_a_record(grid, folder):
+    stock, cads, *_ = summarise(grid, folder, lambda record: {"twice": 2 * record.measures["vendi"]}).rows
+    assert stock.values["twice"].mean == pytest.approx(2 * stock.values["vendi"].mean)
+    assert cads.changes["twice"].mean == pytest.approx(1)
+
+
 def test_differences_are_paired_over_prompts(grid, folder):
     stock, cads, *_ = summarise(grid, folder).rows
     low, high = stock.values["vendi"][1:]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -17,7 +17,7 @@ from variegate.bench.records import Record, read
 
 DRAWS = 4000
 LEVEL = 95  # per cent of an interval
-HIGHER_IS_BETTER = {"seconds": False, "peak_memory": False}  # all others: True
+HIGHER_IS_BETTER = {"seconds": False, "peak_memory": False, "kid": False}  # all others: True
 
 
 class Estimate(NamedTuple):
@@ -77,11 +77,18 @@ def bootstrap(values: NDArray[np.float64]) -> Estimate:
     return Estimate(float(values.mean()), float(low), float(high))
 
 
-def summarise(grid: Grid, folder: str | Path) -> Summary:
+def summarise(
+    grid: Grid, folder: str | Path, derive: Callable[[Record], Mapping[str, float]] = lambda record: {}
+) -> Summary:
     """Read the records of a grid and average them: over the groups of a prompt, then over prompts.
 
     A file `NAME.csv` beside the records, with the columns `record` (name of its file, without .json) and `value`, is
     one more measure.
+
+    Args:
+        grid: the experiment.
+        folder: of its records.
+        derive: further measures of a record, by name.
 
     Raises:
         ValueError: if there are no records of the stock pipeline, or some can't be read.
@@ -89,7 +96,7 @@ def summarise(grid: Grid, folder: str | Path) -> Summary:
     folder = Path(folder)
     cells = list(grid)
     records = read(folder, cells)
-    values = {key: dict(record.measures) for key, record in records.items()}
+    values = {key: {**record.measures, **derive(record)} for key, record in records.items()}
     for name, key, value in _foreign(folder):
         if key in values:
             values[key][name] = value

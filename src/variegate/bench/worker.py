@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from variegate.gallery import Gallery
 
 DIGITS = 4
-JUDGED = ("precision", "style_precision", "similarity", "labels", "drawings", "styles")
+JUDGED = ("precision", "style_precision", "similarity", "labels", "drawings", "styles", "kid")
 
 
 class Place(NamedTuple):

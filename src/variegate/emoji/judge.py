@@ -52,6 +52,8 @@ class Report:
         styles: number of distinct styles.
         vendi: effective number of distinct pictures, in [1, N].
         distance: mean cosine distance between two of the pictures.
+        kid: kernel distance of the pictures to the real drawings that the prompt allows, all of them alike: the
+            estimate is unbiased, so its mean over prompts is worth more than each; None where it allows only one.
     """
 
     prompt: str
@@ -64,6 +66,7 @@ class Report:
     styles: int
     vendi: float
     distance: float
+    kid: float | None
 
 
 class Judge:
@@ -118,6 +121,9 @@ class Judge:
         features = self.extract(images)
         verdicts = self._verdicts(features)
         count = len(verdicts)
+        allowed = self.reference.features[
+            [d.label in truth.labels and truth.style in (None, d.style) for d in self.reference.drawings]
+        ]
         return Report(
             prompt=prompt,
             verdicts=tuple(verdicts),
@@ -129,6 +135,7 @@ class Judge:
             styles=len({v.style for v in verdicts}),
             vendi=vendi_score(features).item(),
             distance=mean_pairwise_distance(features).item(),
+            kid=kid(features, allowed, scale=1.0).item() if len(allowed) > 1 else None,
         )
 
     def kid(self, images: Sequence[Image] | Tensor) -> float:
