@@ -16,7 +16,7 @@ from variegate.architectures import Architecture, architecture_of, dual, registe
 from variegate.objectives import objective
 
 BUILDERS = {"sd3": tiny_sd3, "flux": tiny_flux}
-STRONG = ContextualRepulsion(strength=2.0, stop=None, blocks="all")
+STRONG = ContextualRepulsion(strength=2.0, start=0, stop=None, blocks="all")
 
 
 @pytest.fixture(scope="module", params=BUILDERS)
@@ -51,9 +51,9 @@ def test_repulsion_changes_the_images(pipe):
 @pytest.mark.parametrize(
     "off",
     [
-        ContextualRepulsion(strength=0.0, stop=None, blocks="all"),
+        ContextualRepulsion(strength=0.0, start=0, stop=None, blocks="all"),
         ContextualRepulsion(strength=2.0, start=STEPS, stop=None, blocks="all"),
-        ContextualRepulsion(eta=0.0, stop=None, blocks="all"),
+        ContextualRepulsion(eta=0.0, start=0, stop=None, blocks="all"),
     ],
     ids=["strength 0", "window after the end", "eta 0"],
 )
@@ -108,7 +108,7 @@ def test_context_edits_text_and_leaves_image_tokens_alone(pipe):
     outputs = []
     handle = block.register_forward_hook(lambda module, args, output: outputs.append(output))
     run(pipe, num_inference_steps=1)
-    with attach(pipe, ContextualRepulsion(strength=2.0, stop=None, blocks=[0])):
+    with attach(pipe, ContextualRepulsion(strength=2.0, start=0, stop=None, blocks=[0])):
         handle.remove()
         handle = block.register_forward_hook(lambda module, args, output: outputs.append(output))
         run(pipe, num_inference_steps=1)
@@ -120,12 +120,30 @@ def test_context_edits_text_and_leaves_image_tokens_alone(pipe):
 
 def test_repulsion_raises_the_vendi_score_of_the_context(pipe):
     before, after = Recorder(blocks=[0]), Recorder(blocks=[0])
-    with attach(pipe, before, ContextualRepulsion(strength=0.5, stop=None, blocks=[0]), after):
+    with attach(pipe, before, ContextualRepulsion(strength=0.5, start=0, stop=None, blocks=[0]), after):
         run(pipe)
     vendi = objective("vendi")
     for old, new in zip(before.seen, after.seen, strict=True):
         grams = [(x := tokens.flatten(2).double()) @ x.mT for tokens in (old, new)]
         assert (vendi.value(grams[1]) > vendi.value(grams[0])).all()
+
+
+@pytest.mark.parametrize("site", ["context", "attention", "image"])
+def test_strength_is_divided_among_the_blocks_and_eta_is_not(pipe, site):
+    for whole, share in (({"strength": 2.0}, {"strength": 1.0}), ({"eta": 1.0}, {"eta": 1.0})):
+        before, after = Recorder(blocks=[0], site=site), Recorder(blocks=[0], site=site)
+        repulsion = ContextualRepulsion(**whole, start=0, stop=None, blocks=[0, 1], site=site)
+        with attach(pipe, before, repulsion, after):
+            run(pipe)
+        assert torch.equal(after.seen[0], ContextualRepulsion(**share).edit(before.seen[0]))
+
+
+def test_the_last_block_has_no_share_since_nobody_reads_its_text(pipe):
+    count = len(joint_blocks(pipe))
+    before, after = Recorder(blocks=[0]), Recorder(blocks=[0])
+    with attach(pipe, before, ContextualRepulsion(strength=1.0, start=0, stop=None, blocks="all"), after):
+        run(pipe)
+    assert torch.equal(after.seen[0], ContextualRepulsion(strength=1 / (count - 1)).edit(before.seen[0]))
 
 
 @pytest.mark.parametrize("site", ["context", "attention", "image"])
@@ -209,6 +227,9 @@ def test_permuting_the_samples_permutes_the_images(pipe):
         (0.2, 0.6, [1, 2]),
         (0.6, 1.0, [3, 4]),
         (0, 0.3, [0, 1]),
+        (0.05, 0.3, [0, 1]),  # whatever a window touches
+        (0.5, 0.7, [2, 3]),
+        (0.2, 0.2, []),
         (0, 0.0, []),
     ],
 )
@@ -274,7 +295,7 @@ def test_a_single_image_is_left_alone_with_one_warning(pipe):
 
 def test_interventions_act_in_order(pipe):
     first, second, third = Recorder(blocks=[1]), Recorder(blocks=[1]), Recorder(blocks=[1])
-    with attach(pipe, first, Shift(blocks=[1]), second, ContextualRepulsion(blocks=[1], stop=None), third):
+    with attach(pipe, first, Shift(blocks=[1]), second, ContextualRepulsion(blocks=[1], start=0, stop=None), third):
         run(pipe, n=2)
     torch.testing.assert_close(second.seen[0], Shift().edit(first.seen[0]))
     assert torch.equal(third.seen[0], ContextualRepulsion().edit(second.seen[0]))
@@ -297,7 +318,7 @@ def test_a_bare_transformer_counts_steps(pipe):
         assert torch.equal(run(pipe), through_pipeline)
     with (
         attach(pipe.transformer, ContextualRepulsion(stop=0.5)),
-        pytest.raises(ValueError, match=r"stop=0.5 is a fraction of a run whose length is unknown"),
+        pytest.raises(ValueError, match=r"start=0.05 and stop=0.5 can't be found in a run"),
     ):
         run(pipe)
 
@@ -308,7 +329,7 @@ def test_half_precision_stays_finite(name, dtype):
     pipe = BUILDERS[name]().to(dtype=dtype)
     stock = run(pipe)
     for strength in (0.5, 10.0):
-        with attach(pipe, ContextualRepulsion(strength=strength, stop=None, blocks="all")):
+        with attach(pipe, ContextualRepulsion(strength=strength, start=0, stop=None, blocks="all")):
             images = run(pipe)
         assert images.dtype == dtype
         assert images.isfinite().all()
@@ -317,7 +338,9 @@ def test_half_precision_stays_finite(name, dtype):
 
 def test_chosen_tokens_only(pipe):
     whole, part = Recorder(blocks=[0]), Recorder(blocks=[0])
-    with attach(pipe, whole, ContextualRepulsion(strength=2.0, tokens=slice(0, 3), stop=None, blocks=[0]), part):
+    with attach(
+        pipe, whole, ContextualRepulsion(strength=2.0, tokens=slice(0, 3), start=0, stop=None, blocks=[0]), part
+    ):
         run(pipe, n=2, num_inference_steps=1)
     before, after = whole.seen[0], part.seen[0]
     assert torch.equal(before[:, :, 3:], after[:, :, 3:])
@@ -358,7 +381,7 @@ def test_a_registered_class_works():
     model = Mine()
     image, text = torch.randn(4, 5, 8), torch.randn(1, 3, 8).repeat(4, 1, 1)
     stock = model(image, torch.tensor([1.0]), text)
-    with attach(model, ContextualRepulsion(strength=1.0, stop=None, blocks="all")):
+    with attach(model, ContextualRepulsion(strength=1.0, start=0, stop=None, blocks="all")):
         assert not torch.equal(model(image, torch.tensor([1.0]), text), stock)
 
 

@@ -387,7 +387,7 @@ def test_no_other_edit_acts_on_a_preview(pipe):
     alone, beside = Witness(strength=0.2), Witness(strength=0.2)
     with attach(pipe, alone):
         run(pipe)
-    with attach(pipe, ContextualRepulsion(strength=5.0, stop=None, blocks="all"), beside):
+    with attach(pipe, ContextualRepulsion(strength=5.0, start=0, stop=None, blocks="all"), beside):
         run(pipe)
     assert all(torch.equal(a, b) for a, b in zip(alone.kept, beside.kept, strict=True))
 

@@ -79,9 +79,7 @@ class Attachment:
             denoisers = denoisers_of(target)
             self._start = Start(pipeline, enabled)
             for denoiser in denoisers:
-                self._plans.append(
-                    Plan(denoiser, architecture, enabled, clock, self._start, seed, self._warn_once)
-                )
+                self._plans.append(Plan(denoiser, architecture, enabled, clock, self._start, seed, self._warn_once))
             for plan in self._plans:
                 for module, hook in plan.tokens.hooks():
                     self._handles.append(module.register_forward_hook(hook, with_kwargs=True))

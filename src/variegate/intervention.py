@@ -25,7 +25,8 @@ class Intervention(ABC):  # noqa: B024, what it edits is up to the classes below
     A method derives from one of the classes below, which say where it acts, and overrides its `edit`.
 
     Attributes:
-        start: first step of the window: an integer counts steps, a float in [0, 1] is a fraction of them.
+        start: first step of the window: an integer counts steps, a float in [0, 1] is a fraction of the run. Every
+            step that a window in fractions touches is inside: from .05 on is the first step of four, the second of 20.
         stop: end of the window, exclusive, in the same units; None is the end of the run.
         branch: "both" guidance branches, each among its own samples, or only "cond" or "uncond".
 
@@ -66,8 +67,8 @@ class Intervention(ABC):  # noqa: B024, what it edits is up to the classes below
 
     @property
     def enabled(self) -> bool:
-        """Whether the edit can change anything at all; an attachment skips interventions that can't."""
-        return True
+        """Whether the edit can change anything at all; an attachment skips one that can't, such as of strength 0."""
+        return bool(getattr(self, "strength", None) != 0)
 
     def active(self, step: Step) -> bool:
         """Whether the window holds this step.
@@ -75,21 +76,19 @@ class Intervention(ABC):  # noqa: B024, what it edits is up to the classes below
         Raises:
             ValueError: if the window is given in fractions and the length of the run is unknown.
         """
-        return self._boundary("start", step) <= step.index < self._boundary("stop", step)
-
-    def _boundary(self, name: str, step: Step) -> float:
-        value: int | float | None = getattr(self, name)
-        if value is None:
-            return math.inf
-        if isinstance(value, int):
-            return value
-        if step.total is None:
+        fractions = [f"{name}={value}" for name in ("start", "stop") if isinstance(value := getattr(self, name), float)]
+        if fractions and step.total is None:
             raise ValueError(
-                f"{name}={value!r} is a fraction of a run whose length is unknown: attach to the pipeline instead of "
-                "its denoiser, or count steps with an integer."
+                f"{' and '.join(fractions)} can't be found in a run whose length is unknown: attach to the pipeline "
+                "instead of its denoiser, or count steps with integers."
             )
+        start, stop, total = self.start, self.stop, step.total or 0
         # Fractions such as 0.3 are not exact: 0.3 * 10 must still be step 3.
-        return math.ceil(value * step.total - 1e-9)
+        if isinstance(start, float):
+            start = math.floor(start * total + 1e-9)
+        if isinstance(stop, float):
+            stop = math.ceil(stop * total - 1e-9)
+        return start <= step.index and (stop is None or step.index < stop)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +146,10 @@ class BlockIntervention(Intervention):
         if not len(chosen):
             raise ValueError(f"blocks={self.blocks!r} selects none of the denoiser's {count} joint blocks.")
         return frozenset(chosen)
+
+    def split(self, count: int) -> BlockIntervention:
+        """What acts at each of `count` places of one pass; itself, unless the method divides its strength."""
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from variegate.files import replacing
 from variegate.gallery import read_recipe
 
 if TYPE_CHECKING:
@@ -160,12 +160,8 @@ def save(scores: Sequence[Score], file: str | Path) -> None:
     """Write the scores as JSON; `earlier` reads them. The file is there whole or not at all."""
     path = Path(file)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_text(json.dumps([asdict(found) for found in scores], indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def earlier(scores: Sequence[Score], file: str | Path) -> list[Score]:

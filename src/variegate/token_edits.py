@@ -70,11 +70,14 @@ class TokenEdits:
             _check_site(intervention.site, call.architecture, [layout for layout, _ in blocks])
             chosen = intervention.select(len(blocks))
             unread = len(blocks) - 1 if intervention.skips_last and _is_text(intervention.site) else None
-            for index, (layout, block) in enumerate(blocks):
-                part: Part | None = getattr(layout, intervention.site)
-                if part is not None and index in chosen and index != unread:
-                    self._edits.append(_Edit(part, intervention, self._apply))
-                    self._edits_of[block.get_submodule(part.module)].append(self._edits[-1])
+            places = [
+                (part, block.get_submodule(part.module))
+                for index, (layout, block) in enumerate(blocks)
+                if (part := getattr(layout, intervention.site)) is not None and index in chosen and index != unread
+            ]
+            for part, module in places:
+                self._edits.append(_Edit(part, intervention.split(len(places)), self._apply))
+                self._edits_of[module].append(self._edits[-1])
 
     def hooks(self) -> list[tuple[nn.Module, Hook]]:
         """A hook per module that is edited."""

@@ -94,7 +94,9 @@ def test_off_is_bit_identical_and_on_is_not(name):
     model, call = tiny(name), CALLS[name]()
     stock = forward(model, call)
     for strength in (0.0, 1.0):
-        with attach(model, ContextualRepulsion(strength=strength, stop=None, blocks="all", site=site_of(name))):
+        with attach(
+            model, ContextualRepulsion(strength=strength, start=0, stop=None, blocks="all", site=site_of(name))
+        ):
             assert torch.equal(forward(model, call), stock) == (strength == 0)
     assert torch.equal(forward(model, call), stock)
 
@@ -103,7 +105,7 @@ def test_off_is_bit_identical_and_on_is_not(name):
 def test_repulsion_raises_the_vendi_score(name):
     model, call, site = tiny(name), CALLS[name](), site_of(name)
     before, after = (Recorder(blocks=[0], site=site) for _ in range(2))
-    repulsion = ContextualRepulsion(strength=0.1, stop=None, blocks=[0], site=site)
+    repulsion = ContextualRepulsion(strength=0.1, start=0, stop=None, blocks=[0], site=site)
     with attach(model, before, repulsion, after):
         forward(model, call)
     old, new = (Vendi().value((rows := x.seen[0].flatten(2).double()) @ rows.mT) for x in (before, after))
@@ -119,7 +121,7 @@ def test_groups_do_not_touch_each_other(name):
     last = [x.clone() for x in call[latents]]
     last[3] = last[3].flip(-2)
     other[latents] = last if isinstance(call[latents], list) else torch.stack(last)
-    repulsion = ContextualRepulsion(strength=1.0, stop=None, blocks="all", site=site_of(name))
+    repulsion = ContextualRepulsion(strength=1.0, start=0, stop=None, blocks="all", site=site_of(name))
 
     def rows(call):
         found = forward(model, call)
@@ -144,7 +146,7 @@ def test_bfloat16_stays_finite(name):
 
     model, call = tiny(name).bfloat16(), {key: half(value) for key, value in CALLS[name]().items()}
     stock = forward(model, call)
-    with attach(model, ContextualRepulsion(strength=5.0, stop=None, blocks="all")):
+    with attach(model, ContextualRepulsion(strength=5.0, start=0, stop=None, blocks="all")):
         repelled = forward(model, call)
     assert repelled.isfinite().all()
     assert not torch.equal(repelled, stock)
@@ -229,7 +231,7 @@ def test_rows_of_different_length():
     recorder = Recorder(blocks=[0])
     with torch.no_grad():
         stock = forward(model, call)
-        with attach(model, recorder, ContextualRepulsion(stop=None, blocks="all", strength=1.0)):
+        with attach(model, recorder, ContextualRepulsion(start=0, stop=None, blocks="all", strength=1.0)):
             repelled = forward(model, call)
     [tokens] = recorder.seen
     assert tokens.shape[:3] == (2, 2, 5)
@@ -246,7 +248,10 @@ def test_padding_can_be_left_out():
 
     def texts(**kwargs):
         before, after = Recorder(blocks=[0]), Recorder(blocks=[0])
-        with torch.no_grad(), attach(model, before, ContextualRepulsion(blocks=[0], stop=None, **kwargs), after):
+        with (
+            torch.no_grad(),
+            attach(model, before, ContextualRepulsion(blocks=[0], start=0, stop=None, **kwargs), after),
+        ):
             forward(model, call)
         return before.seen[0], after.seen[0]
 

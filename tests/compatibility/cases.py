@@ -57,11 +57,11 @@ Run = Callable[[Any], Tensor]
 ORDERS = ("attach first", "attach second")
 IMAGES = 3
 STEPS = 2
-STRONG = ContextualRepulsion(strength=2.0, stop=None, blocks="all")
+STRONG = ContextualRepulsion(strength=2.0, start=0, stop=None, blocks="all")
 OFF = ContextualRepulsion(strength=2.0, start=99, stop=None, blocks="all")  # hooked, but never on
-CROSSING = ContextualRepulsion(strength=2.0, stop=None, blocks="all", site="cross_attention")
-ATTENTION = ContextualRepulsion(strength=2.0, stop=None, blocks="all", site="attention")
-IMAGE = ContextualRepulsion(strength=2.0, stop=None, blocks="all", site="image")
+CROSSING = ContextualRepulsion(strength=2.0, start=0, stop=None, blocks="all", site="cross_attention")
+ATTENTION = ContextualRepulsion(strength=2.0, start=0, stop=None, blocks="all", site="attention")
+IMAGE = ContextualRepulsion(strength=2.0, start=0, stop=None, blocks="all", site="image")
 
 run = functools.partial(tiny_run, n=IMAGES, num_inference_steps=STEPS, max_sequence_length=8)
 

@@ -171,7 +171,7 @@ def hooks(made: Pipeline) -> int:
 def test_off_is_stock_on_is_not_and_nothing_is_left(made):
     stock = made()
     for strength in (0.0, 2.0):
-        repulsion = ContextualRepulsion(strength=strength, stop=None, blocks="all", site=made.site)
+        repulsion = ContextualRepulsion(strength=strength, start=0, stop=None, blocks="all", site=made.site)
         with attach(made.pipe, repulsion):
             assert torch.equal(made(), stock) == (strength == 0)
         assert hooks(made) == 0

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from variegate.bench.summary import HIGHER_IS_BETTER, Row, Summary, frontier
+from variegate.files import replacing
 
 # Okabe and Ito's colours, which the colour-blind tell apart, without yellow and black; then again in other strokes.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -56,15 +57,10 @@ def plot(summary: Summary, path: str | Path, *, diversity: str = "vendi", agains
         _panel(axes, [row for row in rows if name in row.values], curves, name, diversity)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=max(1, 2 * len(panels) - 1), frameon=False)
-    temporary = path.with_name(f".{path.name}")
-    try:
-        # No date and no random ids: the same records give the same file.
-        with matplotlib.rc_context({"svg.hashsalt": "variegate"}):
-            metadata = {"Date": None} if path.suffix.lower() == ".svg" else {}
-            figure.savefig(temporary, format=path.suffix[1:].lower() or None, dpi=160, metadata=metadata)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # No date and no random ids: the same records give the same file.
+    with replacing(path) as temporary, matplotlib.rc_context({"svg.hashsalt": "variegate"}):
+        metadata = {"Date": None} if path.suffix.lower() == ".svg" else {}
+        figure.savefig(temporary, format=path.suffix[1:].lower() or None, dpi=160, metadata=metadata)
     return path
 
 

@@ -58,11 +58,6 @@ class CADS(ConditionIntervention):
             )
         self.check_range("rescaling", 0, 1)
 
-    @property
-    def enabled(self) -> bool:
-        """Whether the strength is above 0."""
-        return self.strength > 0
-
     def gamma(self, noise: float) -> float:
         """Share of the condition at a noise level, before the square root."""
         return round(min(1.0, max(0.0, (self.blind - noise) / (self.blind - self.clear))), 12)

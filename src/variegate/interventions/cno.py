@@ -57,11 +57,6 @@ class CNO(PreviewIntervention):
         self.check_range("iterations", 1)
         self.check_range("temperature", 1e-3)
 
-    @property
-    def enabled(self) -> bool:
-        """Whether the strength is above 0."""
-        return self.strength > 0
-
     def edit(self, noise: Tensor, preview: Callable[[Tensor], Tensor]) -> Tensor:
         """See `PreviewIntervention.edit`."""
         import torch

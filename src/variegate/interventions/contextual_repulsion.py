@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from variegate.intervention import TokenIntervention
@@ -25,10 +25,11 @@ class ContextualRepulsion(TokenIntervention):
     the objective over the samples of the same prompt; in closed form, so the cost does not grow with the steps.
 
     Attributes:
-        strength: dimensionless step length, eta / mean |c_i|^2; the same knob for every model, block and prompt
-            length. 0 is off, bit-identical to the stock pipeline.
-        eta: step length in the paper's unit, which does not carry over between models; takes the place of
-            `strength`.
+        strength: dimensionless step length, eta / mean |c_i|^2, in sum over the blocks: differences that one block
+            widens reach the next, so that deep models are not pushed harder; the same knob for every model, choice of
+            blocks and prompt length. 0 is off, bit-identical to the stock pipeline.
+        eta: step length at each block in the paper's unit, which does not carry over between models; takes the
+            place of `strength`.
         inner_steps: M, gradient steps per block.
         objective: "vendi", "rke", "log_det" or "cosine".
         order: order q of the Vendi score, in (0, inf]; 1 is the paper's.
@@ -54,9 +55,10 @@ class ContextualRepulsion(TokenIntervention):
     """
 
     strength: float = 1.0
-    stop: int | float | None = 0.2
+    start: int | float = 0.05
+    stop: int | float | None = 0.3
     eta: float | None = None
-    blocks: str | slice | Sequence[int] = "middle"
+    blocks: str | slice | Sequence[int] = "first"
     inner_steps: int = 5
     objective: str = "vendi"
     order: float = 1.0
@@ -87,12 +89,16 @@ class ContextualRepulsion(TokenIntervention):
         if model not in PAPER:
             raise ValueError(f"model={model!r} is not in the paper; use one of {', '.join(PAPER)}.")
         inner_steps, tau = PAPER[model]
-        return cls(eta=eta, inner_steps=inner_steps, stop=tau, blocks="all")
+        return cls(eta=eta, inner_steps=inner_steps, start=0, stop=tau, blocks="all")
 
     @property
     def enabled(self) -> bool:
         """Whether the strength is above 0."""
         return (self.strength if self.eta is None else self.eta) > 0
+
+    def split(self, count: int) -> ContextualRepulsion:
+        """The push at each of `count` blocks."""
+        return replace(self, strength=self.strength / count)
 
     def edit(self, tokens: Tensor) -> Tensor:
         """Take the inner steps; see `TokenIntervention.edit`."""

@@ -61,11 +61,6 @@ class DiverseFlow(PredictionIntervention):
         if self.features is not None and not callable(self.features):
             raise ValueError(f"features={self.features!r} is no function; use one from latents to features, or None.")
 
-    @property
-    def enabled(self) -> bool:
-        """Whether the strength is above 0."""
-        return self.strength > 0
-
     def edit(self, prediction: Tensor, latents: Tensor, moment: Moment) -> Tensor:
         """See `PredictionIntervention.edit`."""
         gradient = self._gradient(moment.images(prediction, latents)).to(prediction).flatten(1)

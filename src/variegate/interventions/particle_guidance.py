@@ -49,11 +49,6 @@ class ParticleGuidance(PredictionIntervention):
         self.check_range("strength", 0)
         self.check_range("low", 0, 1)
 
-    @property
-    def enabled(self) -> bool:
-        """Whether the strength is above 0."""
-        return self.strength > 0
-
     def edit(self, prediction: Tensor, latents: Tensor, moment: Moment) -> Tensor:
         """See `PredictionIntervention.edit`."""
         if moment.noise < self.low:

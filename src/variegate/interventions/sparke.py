@@ -70,11 +70,6 @@ class SPARKE(PredictionIntervention):
         self.check_range("text_width", 1e-3)
         self.check_range("bank", 0)
 
-    @property
-    def enabled(self) -> bool:
-        """Whether the strength is above 0."""
-        return self.strength > 0
-
     def edit(self, prediction: Tensor, latents: Tensor, moment: Moment) -> Tensor:
         """See `PredictionIntervention.edit`."""
         if moment.index % self.every:

@@ -58,11 +58,6 @@ class STRIDE(ImageIntervention):
         self.check_range("components", 1)
         self.check_range("exponent", 0)
 
-    @property
-    def enabled(self) -> bool:
-        """Whether the strength is above 0."""
-        return self.strength > 0
-
     def edit(self, tokens: Tensor, block: BlockCall) -> Tensor:
         """See `ImageIntervention.edit`."""
         from variegate.noise import coloured, grid
