@@ -308,6 +308,15 @@ def test_two_attachments_at_once(pipe):
         assert torch.equal(run(pipe), nested)
 
 
+def test_a_window_without_steps_is_told(pipe):
+    stock = run(pipe, num_inference_steps=20)
+    with (
+        attach(pipe, ContextualRepulsion(stop=1)),
+        pytest.warns(UserWarning, match=r"acts in no step: start=0\.05 and stop=1 of 20 steps leave none"),
+    ):
+        assert torch.equal(run(pipe, num_inference_steps=20), stock)
+
+
 def test_a_bare_transformer_counts_steps(pipe):
     window = ContextualRepulsion(strength=2.0, start=1, stop=2)
     with attach(pipe, window):

@@ -70,25 +70,34 @@ class Intervention(ABC):  # noqa: B024, what it edits is up to the classes below
         """Whether the edit can change anything at all; an attachment skips one that can't, such as of strength 0."""
         return bool(getattr(self, "strength", None) != 0)
 
+    def window(self, total: int | None) -> tuple[int, float]:
+        """First step of the window, and its end, in a run of `total` steps; None if that is unknown.
+
+        Raises:
+            ValueError: if the window is given in fractions and the length of the run is unknown.
+        """
+        start, stop = self.start, math.inf if self.stop is None else self.stop
+        fractions = [f"{name}={value}" for name in ("start", "stop") if isinstance(value := getattr(self, name), float)]
+        if fractions and total is None:
+            raise ValueError(
+                f"{' and '.join(fractions)} can't be found in a run whose length is unknown: attach to the pipeline "
+                "instead of its denoiser, or count steps with integers."
+            )
+        # Fractions such as 0.3 are not exact: 0.3 * 10 must still be step 3.
+        if isinstance(self.start, float):
+            start = math.floor(self.start * (total or 0) + 1e-9)
+        if isinstance(self.stop, float):
+            stop = math.ceil(self.stop * (total or 0) - 1e-9)
+        return int(start), stop
+
     def active(self, step: Step) -> bool:
         """Whether the window holds this step.
 
         Raises:
             ValueError: if the window is given in fractions and the length of the run is unknown.
         """
-        fractions = [f"{name}={value}" for name in ("start", "stop") if isinstance(value := getattr(self, name), float)]
-        if fractions and step.total is None:
-            raise ValueError(
-                f"{' and '.join(fractions)} can't be found in a run whose length is unknown: attach to the pipeline "
-                "instead of its denoiser, or count steps with integers."
-            )
-        start, stop, total = self.start, self.stop, step.total or 0
-        # Fractions such as 0.3 are not exact: 0.3 * 10 must still be step 3.
-        if isinstance(start, float):
-            start = math.floor(start * total + 1e-9)
-        if isinstance(stop, float):
-            stop = math.ceil(stop * total - 1e-9)
-        return start <= step.index and (stop is None or step.index < stop)
+        start, stop = self.window(step.total)
+        return start <= step.index < stop
 
 
 @dataclass(frozen=True, kw_only=True)

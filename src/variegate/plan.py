@@ -75,6 +75,14 @@ class Plan:
                 "Every prompt has a single image, so there is nothing to push it away from: the images are those of "
                 "the stock pipeline. Ask for more, e.g. num_images_per_prompt=4."
             )
+        for intervention in call.interventions:
+            start, stop = intervention.window(call.step.total)
+            if stop <= start:
+                self._warn(
+                    f"{type(intervention).__name__} acts in no step: start={intervention.start} and "
+                    f"stop={intervention.stop} of {call.step.total} steps leave none; give both as steps, or both as "
+                    "fractions of the run."
+                )
         changed = self._preview(args, kwargs) | self._conditions()
         return call.replaced(args, kwargs, changed) if changed else None
 
