@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, default=Path("src/variegate/emoji/emoji-base"))
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints and the log")
     parser.add_argument("--init", type=Path, help="start from the weights of this pipeline, e.g. the bundled one")
-    parser.add_argument("--steps", type=int, default=4800)
+    parser.add_argument("--steps", type=int, default=10000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1.2e-3)
     parser.add_argument("--seed", type=int, default=0)

@@ -54,12 +54,9 @@ def tail(record: Record) -> dict[str, float]:
     return {"tail": sum(label in rare for label in labels) / len(labels) / share}
 
 
-def results(model: str, split: str) -> Summary | None:
-    """What the records of a model say, where there are any."""
-    folder = HERE / "records" / model / split
-    if not folder.is_dir():
-        return None
-    return summarise(read_grid(str(HERE / f"{split}.toml"), model=model), folder, tail)
+def results(model: str, split: str) -> Summary:
+    """What the records of a model say."""
+    return summarise(read_grid(HERE / f"{split}.toml", model=model), HERE / "records" / model / split, tail)
 
 
 def best(rows: list[Row]) -> Row:
@@ -122,17 +119,14 @@ def main() -> None:
 
     curves = {}
     for model in MODELS:
-        tuning, heldout = results(model, "tuning"), results(model, "heldout") or results(model, "strength")
-        if heldout is None:
-            continue
-        curves[model] = heldout
+        tuning, heldout = results(model, "tuning"), results(model, "heldout")
+        put(f"{model} tuned", table(tuned(tuning, heldout)))
         put(f"{model} all", table(heldout))
         plot(heldout, DOCS / f"results-{model}.png", diversity="labels", against=("precision", "similarity"))
-        if tuning is not None:
-            put(f"{model} tuned", table(tuned(tuning, heldout)))
-    speed = results("emoji-base", "speed")
-    if speed is not None:
-        put("speed", markdown(speed, ("seconds",)))
+        curves[model] = heldout
+    for split in ("ablations", "batch-4", "batch-16"):
+        put(split, table(results("emoji-base", split)))
+    put("speed", markdown(results("emoji-base", "speed"), ("seconds",)))
     one_strength(curves, DOCS / "strength.png")
     page.write_text(text, encoding="utf-8")
 

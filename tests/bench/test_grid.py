@@ -67,6 +67,15 @@ def test_lists_are_swept_and_the_stock_pipeline_comes_first(tmp_path):
     assert len(list(grid)) == 7 * 4
 
 
+def test_a_method_may_have_seeds_of_its_own(tmp_path):
+    grid = read_grid(write(tmp_path, GRID + '\n[[method]]\nname = "none"\nlabel = "other seeds"\nseed = [500, 600]\n'))
+    stock, *_, five, six = grid.settings
+    assert [setting.name for setting in (five, six)] == ["other seeds seed=500", "other seeds seed=600"]
+    assert [[request.seed for request in setting.requests[:2]] for setting in (stock, five, six)] == [
+        [100, 104], [500, 504], [600, 604],
+    ]  # fmt: skip
+
+
 def test_settings_take_turns_and_equal_cells_are_made_once(tmp_path):
     twice = '\n[[method]]\nname = "cads"\nstrength = [0.1]\nclear = 0.5\nblind = 0.8\n'
     cells = list(read_grid(write(tmp_path, GRID + twice)))
@@ -248,19 +257,23 @@ def test_presets_say_what_they_need(name):
         read_grid(name)
 
 
-@pytest.mark.parametrize(("name", "split"), [("tuning", "tuning"), ("heldout", "heldout"), ("strength", "heldout")])
-def test_the_experiments_of_the_report_can_be_read(name, split):
+@pytest.mark.parametrize("name", ["tuning", "heldout", "ablations", "batch-4", "batch-16"])
+def test_the_experiments_of_the_report_can_be_read(name):
+    split = "heldout" if name == "heldout" else "tuning"
     grid = read_grid(ROOT / "benchmarks" / "emoji" / f"{name}.toml")
-    assert {cell.request.seed // 1000 for cell in grid} == {SEEDS[split] // 1000}
+    seeds = {
+        cell.request.seed for setting in grid.settings if setting.curve != "other seeds" for cell in grid.cells(setting)
+    }
+    assert {seed // 1000 for seed in seeds} == {SEEDS[split] // 1000}
     assert {cell.request.prompts[0] for cell in grid} == set(prompt_set(f"emoji-generic-{split}"))
-    curves = [setting.curve for setting in grid.settings[1:]]
-    assert all(curves.count(curve) >= 3 for curve in curves)
     assert not re.search(r"[/\\]|" + re.escape(socket.gethostname()), json.dumps(next(iter(grid)).settings))
 
 
-def test_the_short_experiment_is_a_part_of_the_long_one():
-    short, whole = (read_grid(ROOT / "benchmarks" / "emoji" / f"{name}.toml") for name in ("strength", "heldout"))
-    assert {cell.key for cell in short} < {cell.key for cell in whole}
+def test_tuning_and_report_try_the_same_settings():
+    tuning, heldout = (read_grid(ROOT / "benchmarks" / "emoji" / f"{name}.toml") for name in ("tuning", "heldout"))
+    curves = [setting.curve for setting in tuning.settings[1:]]
+    assert all(curves.count(curve) >= 3 for curve in curves)
+    assert [setting.name for setting in tuning.settings] == [setting.name for setting in heldout.settings]
 
 
 def test_another_model_in_place_of_the_grids(tmp_path):

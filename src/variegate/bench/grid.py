@@ -31,7 +31,7 @@ OF_GRID: Mapping[str, tuple[type, ...]] = {
     "needs": (str,), "method": (list,),
 }  # fmt: skip
 # What a method's table may set besides its parameters.
-OF_METHOD = ("steps", "guidance")
+OF_METHOD = ("steps", "guidance", "seed")
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Grid:
     Attributes:
         name: of the file.
         settings: the stock pipeline, then every method at every combination of its parameters.
-        groups: per prompt; group g has the seeds `seed + g n` to `seed + g n + n - 1`.
+        groups: per prompt; group g has the seeds `seed + g n` to `seed + g n + n - 1`; a method may have its own seed.
         judge: whether the judge of emoji pictures looks at them.
         images: whether the pictures are kept.
         needs: what a preset needs, in words.
@@ -195,8 +195,9 @@ def _grid(path: Path, table: Any, folder: Path) -> Grid:
     prompts = prompt_set(table["prompts"], count=table.get("count"), folder=folder)
 
     def setting(curve: str, point: str, **changes: Any) -> Setting:
+        first = changes.pop("seed", seed)
         requests = (
-            Request((prompt,), seed=seed + group * n, compare=False, **{**given, **changes})
+            Request((prompt,), seed=first + group * n, compare=False, **{**given, **changes})
             for prompt in prompts
             for group in range(groups)
         )
