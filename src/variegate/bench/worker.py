@@ -69,7 +69,7 @@ def measure(cell: Cell, place: Place = HERE) -> Made:
         >>> from variegate.request import Request
         >>> cell = Cell(Request(("an animal",), n=2, steps=2, method="none", compare=False), judge=True)
         >>> sorted(measure(cell).record.measures)[:4]
-        ['distance', 'drawings', 'labels', 'peak_memory']
+        ['distance', 'drawings', 'kid', 'labels']
     """
     from variegate.generation import generate
 
