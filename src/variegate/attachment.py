@@ -74,7 +74,7 @@ class Attachment:
         self._warned = False
         enabled = [intervention for intervention in interventions if intervention.enabled]
         pipeline = None if isinstance(target, nn.Module) else target
-        self._clock = clock = Clock(pipeline, groups)
+        clock = Clock(pipeline, groups)
         try:
             denoisers = denoisers_of(target)
             self._start = Start(pipeline, enabled)

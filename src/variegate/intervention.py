@@ -76,7 +76,6 @@ class Intervention(ABC):  # noqa: B024, what it edits is up to the classes below
         Raises:
             ValueError: if the window is given in fractions and the length of the run is unknown.
         """
-        start, stop = self.start, math.inf if self.stop is None else self.stop
         fractions = [f"{name}={value}" for name in ("start", "stop") if isinstance(value := getattr(self, name), float)]
         if fractions and total is None:
             raise ValueError(
@@ -84,11 +83,10 @@ class Intervention(ABC):  # noqa: B024, what it edits is up to the classes below
                 "instead of its denoiser, or count steps with integers."
             )
         # Fractions such as 0.3 are not exact: 0.3 * 10 must still be step 3.
-        if isinstance(self.start, float):
-            start = math.floor(self.start * (total or 0) + 1e-9)
-        if isinstance(self.stop, float):
-            stop = math.ceil(self.stop * (total or 0) - 1e-9)
-        return int(start), stop
+        steps = total or 0
+        start = math.floor(self.start * steps + 1e-9) if isinstance(self.start, float) else self.start
+        stop = math.ceil(self.stop * steps - 1e-9) if isinstance(self.stop, float) else self.stop
+        return start, math.inf if stop is None else stop
 
     def active(self, step: Step) -> bool:
         """Whether the window holds this step.

@@ -75,7 +75,7 @@ class Plan:
                 "Every prompt has a single image, so there is nothing to push it away from: the images are those of "
                 "the stock pipeline. Ask for more, e.g. num_images_per_prompt=4."
             )
-        for intervention in call.interventions:
+        for intervention in call.interventions if call.step.index == 0 else ():
             start, stop = intervention.window(call.step.total)
             if stop <= start:
                 self._warn(

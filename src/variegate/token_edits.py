@@ -75,8 +75,9 @@ class TokenEdits:
                 for index, (layout, block) in enumerate(blocks)
                 if (part := getattr(layout, intervention.site)) is not None and index in chosen and index != unread
             ]
+            share = intervention.split(len(places)) if places else intervention
             for part, module in places:
-                self._edits.append(_Edit(part, intervention.split(len(places)), self._apply))
+                self._edits.append(_Edit(part, share, self._apply))
                 self._edits_of[module].append(self._edits[-1])
 
     def hooks(self) -> list[tuple[nn.Module, Hook]]:

@@ -18,7 +18,7 @@ from variegate.request import Request, to_text
 
 if sys.version_info >= (3, 11):
     import tomllib
-else:
+else:  # tomli is installed on Python 3.10 alone, so the ignore below is of no use elsewhere
     import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
 # Keys of an experiment that are its request's, and all others; with the types of their values.

@@ -99,7 +99,7 @@ def describe(name: str) -> Description:
     folder = bundled_models()[name]
     parameters = 0
     for file in (folder / "transformer").glob("*.safetensors"):
-        with safe_open(file, "numpy") as weights:
+        with safe_open(file, "numpy") as weights:  # SIM118: the handle is no mapping, it can't be iterated over
             parameters += sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
     config = json.loads((folder / "transformer" / "config.json").read_text())
     call = call_defaults(name)

@@ -99,7 +99,7 @@ def _weights(model: str | Path) -> dict[str, Tensor]:
     try:
         name = "model.safetensors"
         file = Path(model, name) if Path(model).is_dir() else hf_hub_download(str(model), name)
-        with safe_open(file, "pt") as weights:
+        with safe_open(file, "pt") as weights:  # SIM118: the handle is no mapping, it can't be iterated over
             names = [name for name in weights.keys() if name.startswith("features.")]  # noqa: SIM118
             return {name.removeprefix("features."): weights.get_tensor(name) for name in names}
     except (OSError, ValueError, SafetensorError) as error:

@@ -69,7 +69,7 @@ def exact(u: Array, d: Array, count: int) -> Subset:
         ValueError: if SciPy is missing.
     """
     try:
-        from scipy.optimize import LinearConstraint, milp  # type: ignore[import-untyped]
+        from scipy.optimize import LinearConstraint, milp  # type: ignore[import-untyped]  # SciPy has no types
     except ImportError as error:
         raise ValueError(
             "solver='exact' needs SciPy, which is not installed; pip install 'variegate[selection]', or use "
