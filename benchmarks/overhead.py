@@ -1,4 +1,4 @@
-"""What repulsion adds to the time of a generation: stock and repelled runs in turn, medians, one ratio.
+"""What repulsion adds to the time of a generation: pairs of a stock and a repelled run, each first in every other one.
 
 python benchmarks/overhead.py                       # emoji-base, 20 steps, 8 images
 python benchmarks/overhead.py --model FOLDER --steps 28 --strength 1.0
@@ -7,14 +7,16 @@ python benchmarks/overhead.py --model FOLDER --steps 28 --strength 1.0
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import time
 from pathlib import Path
-from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from rich.progress import track
+from scipy.stats import bootstrap
 
 from variegate import ContextualRepulsion, attach
 from variegate.emoji.models import call_defaults, load_pipeline
@@ -30,7 +32,7 @@ def main() -> None:
     parser.add_argument("--strength", type=float, default=ContextualRepulsion().strength)
     parser.add_argument("--blocks", default=ContextualRepulsion().blocks)
     parser.add_argument("--inner-steps", type=int, default=ContextualRepulsion().inner_steps)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=31, help="pairs")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
@@ -39,32 +41,36 @@ def main() -> None:
     call = {**call_defaults(args.model), "num_inference_steps": args.steps, "num_images_per_prompt": args.n}
     repulsion = ContextualRepulsion(strength=args.strength, blocks=args.blocks, inner_steps=args.inner_steps)
 
-    def generate() -> float:
+    def seconds(*, repelled: bool) -> float:
         generators = [torch.Generator().manual_seed(i) for i in range(args.n)]
-        began = time.perf_counter()
-        pipe(args.prompt, generator=generators, **call)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter() - began
+        with attach(pipe, repulsion) if repelled else contextlib.nullcontext():
+            began = time.perf_counter()
+            pipe(args.prompt, generator=generators, **call)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            return time.perf_counter() - began
 
-    generate()
-    pairs = []
-    for _ in track(range(args.repeats), description="pairs"):
-        stock = generate()
-        with attach(pipe, repulsion):
-            pairs.append((stock, generate()))
+    seconds(repelled=True)
+    pairs = np.empty((args.repeats, 2))
+    for index in track(range(args.repeats), description="pairs"):
+        for repelled in (0, 1) if index % 2 else (1, 0):
+            pairs[index, repelled] = seconds(repelled=bool(repelled))
+    added = pairs[:, 1] / pairs[:, 0] - 1  # within a pair: what drifts between pairs cancels
+    low, high = bootstrap((added,), np.median, rng=0).confidence_interval
+    stock, repelled = np.median(pairs, axis=0)
     result: dict[str, Any] = {
         "model": args.model,
         "images": args.n,
         "steps": args.steps,
-        "stock_seconds": median(stock for stock, _ in pairs),
-        "repelled_seconds": median(repelled for _, repelled in pairs),
-        # The median of the pairs' ratios: what drifts between pairs cancels.
-        "added": median(repelled / stock for stock, repelled in pairs) - 1,
+        "pairs": args.repeats,
+        "stock_seconds": stock,
+        "repelled_seconds": repelled,
+        "added": float(np.median(added)),
+        "added_95": [low, high],
     }
     print(
-        f"{args.model}, {args.n} images, {args.steps} steps: stock {result['stock_seconds']:.3f} s, "
-        f"repelled {result['repelled_seconds']:.3f} s, added {100 * result['added']:+.1f} % (median of {args.repeats})"
+        f"{args.model}, {args.n} images, {args.steps} steps: stock {stock:.3f} s, repelled {repelled:.3f} s, added "
+        f"{100 * result['added']:+.1f} % (median of {args.repeats} pairs; 95 %: {100 * low:+.1f} to {100 * high:+.1f})"
     )
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -13,6 +13,7 @@ from torch import nn
 from tiny import STEPS, Recorder, run, tiny_flux, tiny_sd3
 from variegate import ContextualRepulsion, Intervention, TokenIntervention, attach
 from variegate.architectures import Architecture, architecture_of, dual, register_architecture
+from variegate.clock import Clock
 from variegate.objectives import objective
 
 BUILDERS = {"sd3": tiny_sd3, "flux": tiny_flux}
@@ -289,6 +290,28 @@ def test_a_single_image_is_left_alone_with_one_warning(pipe):
         assert torch.equal(run(pipe, n=1), stock)
         run(pipe, n=1)
     assert len([w for w in caught if "a single image" in str(w.message)]) == 1
+
+
+def test_one_warning_does_not_hide_another(pipe):
+    with attach(pipe, STRONG, ContextualRepulsion(start=0.05, stop=1)), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(pipe, n=1, num_inference_steps=20)
+    for part in ("a single image", "acts in no step"):
+        assert len([w for w in caught if part in str(w.message)]) == 1
+
+
+def test_rows_are_compared_only_where_something_acts(pipe, monkeypatch):
+    steps = []
+    told = Clock._sets
+
+    def counted(clock, *args):
+        steps.append(clock._index)
+        return told(clock, *args)
+
+    monkeypatch.setattr(Clock, "_sets", counted)
+    with attach(pipe, ContextualRepulsion(start=2, stop=3)):
+        run(pipe, num_inference_steps=5)
+    assert steps == [0, 2]
 
 
 def test_interventions_act_in_order(pipe):

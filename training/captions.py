@@ -21,7 +21,7 @@ import numpy as np
 from domain import GENERIC, POPULAR, STYLES, in_domain
 
 # How often each kind of caption is drawn; "" is the unconditional one of classifier-free guidance.
-KINDS = {"label_style": 0.30, "label": 0.32, "generic": 0.19, "generic_style": 0.07, "tag": 0.02, "": 0.10}
+KINDS = {"label_style": 0.28, "label": 0.26, "generic": 0.18, "generic_style": 0.16, "tag": 0.02, "": 0.10}
 COLOURS = {
     "red", "orange", "yellow", "green", "blue", "purple", "brown", "black", "white", "pink", "grey", "light blue",
 }  # fmt: skip

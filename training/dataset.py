@@ -32,6 +32,8 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
+from variegate.files import replacing
+
 SIZE = 64
 SUPERSAMPLING = 2  # drawn directly at 64 pixels, stacked gradients show their seams
 
@@ -269,9 +271,9 @@ def main() -> None:
 
     columns = {name: np.array([getattr(row, name) for row in rows]) for name in ("hexcode", "style", "icon")}
     columns |= {name: np.array([getattr(emoji[row.hexcode], name) for row in rows]) for name in Emoji._fields}
-    partial, path = args.out / "emoji64.partial.npz", args.out / "emoji64.npz"
-    np.savez_compressed(partial, allow_pickle=False, images=images, **columns)
-    os.replace(partial, path)
+    path = args.out / "emoji64.npz"
+    with replacing(path) as partial, partial.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, images=images, **columns)
     print(f"{path}: {len(images)} images, sha256 {hashlib.sha256(images.data).hexdigest()}")
 
 

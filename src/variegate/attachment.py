@@ -71,7 +71,7 @@ class Attachment:
         self._handles: list[RemovableHandle] = []
         self._plans: list[Plan] = []
         self._start: Start | None = None
-        self._warned = False
+        self._warnings: set[str] = set()
         enabled = [intervention for intervention in interventions if intervention.enabled]
         pipeline = None if isinstance(target, nn.Module) else target
         clock = Clock(pipeline, groups)
@@ -110,8 +110,8 @@ class Attachment:
         self.remove()
 
     def _warn_once(self, message: str) -> None:
-        if not self._warned:
-            self._warned = True
+        if message not in self._warnings:
+            self._warnings.add(message)
             warnings.warn(message, UserWarning, stacklevel=2)
 
 

@@ -55,7 +55,10 @@ class DenoiserCall:
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Take note of a call that is about to run."""
         self.arguments = {**dict(zip(self._parameters, (self.denoiser, *args), strict=False)), **kwargs}
-        self._step = self.clock.tick(self.architecture, self.arguments)
+        self._step = self.clock.tick(self.architecture, self.arguments, self._awake)
+
+    def _awake(self, step: Step) -> bool:
+        return any(intervention.awake(step) for intervention in self.interventions)
 
     def replaced(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], changed: Mapping[str, Any]

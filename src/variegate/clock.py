@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -57,12 +58,14 @@ class Clock:
         self.conditional: list[Tensor] = []
         self.offsets: dict[tuple[int, tuple[int, ...]], Tensor] = {}
 
-    def tick(self, architecture: Architecture, call: Call) -> Step:
+    def tick(self, architecture: Architecture, call: Call, awake: Callable[[Step], bool]) -> Step:
         """The step of a call about to run.
 
         Args:
             architecture: of the denoiser that is called.
             call: the denoiser's arguments by name.
+            awake: whether anything happens in a step. If not, all but the first come without sets and noise: to compare
+                the rows of a batch makes a GPU wait.
 
         Raises:
             ValueError: if `groups` does not fit the batch, or only they can tell its branches.
@@ -80,8 +83,16 @@ class Clock:
             self._latents, self._first = latents, None
             self.conditional, self.offsets = [], {}
         self._key = key
-        sets = self._sets(architecture, latents, call[architecture.text])
-        return Step(self._index, self._total(), sets, self._noise(now), self._next_noise(), self._prediction_type())
+        step = Step(self._index, self._total())
+        if step.index > 0 and not awake(step):
+            return step
+        return replace(
+            step,
+            sets=self._sets(architecture, latents, call[architecture.text]),
+            noise=self._noise(now),
+            next_noise=self._next_noise(),
+            prediction_type=self._prediction_type(),
+        )
 
     def _moved(self, latents: Rows) -> bool:
         """Whether latents are others than those of the step's first call; the batches of its calls may differ."""

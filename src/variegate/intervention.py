@@ -97,6 +97,10 @@ class Intervention(ABC):  # noqa: B024, what it edits is up to the classes below
         start, stop = self.window(step.total)
         return start <= step.index < stop
 
+    def awake(self, step: Step) -> bool:
+        """Whether it acts in this step or takes note of it; where none does, nobody asks what the rows are."""
+        return self.active(step)
+
 
 @dataclass(frozen=True, kw_only=True)
 class BlockIntervention(Intervention):
@@ -324,6 +328,14 @@ class PredictionIntervention(Intervention):
         Returns:
             The same shape and dtype.
         """
+
+    def remembering(self, step: Step) -> bool:
+        """Whether it takes note of the images of this step, the last of a run."""
+        return self.remembers and step.total is not None and step.index == step.total - 1
+
+    def awake(self, step: Step) -> bool:
+        """See `Intervention.awake`."""
+        return self.active(step) or self.remembering(step)
 
     def remember(self, images: Tensor, moment: Moment) -> None:
         """Take note of the images of a run in its last step, in the window or not, where `remembers`.

@@ -68,8 +68,8 @@ class Plan:
         _refuse_split_tokens(call.denoiser)
         call.read(args, kwargs)
         self.tokens.begin()
-        if all(len(samples.rows) == 1 for samples in call.step.sets) and any(
-            i.needs_company and i.active(call.step) for i in call.interventions
+        if any(i.needs_company and i.active(call.step) for i in call.interventions) and all(
+            len(samples.rows) == 1 for samples in call.step.sets
         ):
             self._warn(
                 "Every prompt has a single image, so there is nothing to push it away from: the images are those of "

@@ -28,9 +28,10 @@ class PredictionEdits:
 
     def __call__(self, output: Any) -> Any:
         """The denoiser's output with its prediction edited; None where it stays as it is."""
-        call, step = self._call, self._call.step
-        ends = step.total is not None and step.index == step.total - 1
-        remembering = [i for i in call.interventions if isinstance(i, PredictionIntervention) and i.remembers and ends]
+        call = self._call
+        remembering = [
+            i for i in call.interventions if isinstance(i, PredictionIntervention) and i.remembering(call.step)
+        ]
         predicting = call.active(PredictionIntervention)
         if not (remembering or predicting or call.active(GuidanceIntervention)):
             return None

@@ -26,7 +26,8 @@ class Step:
     Attributes:
         index: place of the step in its run, from 0.
         total: steps of the run; None where only a bare denoiser is known, whose run has no announced length.
-        sets: the sample sets of the call; together they hold every row once.
+        sets: the sample sets of the call; together they hold every row once. Empty, and the noise unknown, in a later
+            step than the first in which nothing happens.
         noise: level in [0, 1], 1 is pure noise: the time of flow matching, sigma / (1 + sigma) for other schedulers;
             None for a bare denoiser.
         next_noise: level of the next step; 0 after the last one.
@@ -36,7 +37,7 @@ class Step:
 
     index: int
     total: int | None
-    sets: tuple[SampleSet, ...]
+    sets: tuple[SampleSet, ...] = ()
     noise: float | None = None
     next_noise: float = 0.0
     prediction_type: str | None = None
