@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from pipelines import PIPELINES
 from test_attach import hook_count, run
 from tiny import one_and_two, through_a_request, tiny_flux, tiny_sd3
 from variegate import CADS, DAVE, IntervalGuidance, ParticleGuidance, SeedVariance, attach
@@ -150,6 +151,19 @@ def test_interval_guidance_off_everywhere_is_the_conditional_model():
     with attach(pipe, IntervalGuidance(low=0.0, high=1e-9)):
         unguided = run(pipe, true_cfg_scale=7.0, negative_prompt="a dog")
     torch.testing.assert_close(unguided, run(pipe), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["CogVideoX", "HiDream", "Ideogram4", "Lumina2", "Mochi", "Wan 2.2", "Z-Image"])
+def test_interval_guidance_on_pipelines_of_all_kinds(name):
+    """The prompt's prediction comes in the same call, an earlier one, or from a denoiser that also returns text."""
+    made = PIPELINES[name]()
+    conditional = made(guidance_scale=0.0 if name == "Z-Image" else 1.0)  # what turns guidance off there
+    stock = made()
+    with attach(made.pipe, IntervalGuidance(low=0.0, high=1e-9)):
+        unguided = made()
+    for row, alone, guided in zip(unguided, conditional, stock, strict=True):
+        torch.testing.assert_close(row, alone, rtol=1e-4, atol=1e-4)
+        assert not torch.equal(alone, guided)
 
 
 def test_methods_compose(pipe):

@@ -190,9 +190,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=160)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--init", type=Path, help="start from the weights of this pipeline, e.g. the bundled one")
-    parser.add_argument(
-        "--compile", action="store_true", help="a third faster, after minutes of compiling"
-    )
+    parser.add_argument("--compile", action="store_true", help="a third faster, after minutes of compiling")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 

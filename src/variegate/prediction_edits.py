@@ -42,8 +42,7 @@ class PredictionEdits:
             prediction = self._edit(intervention, prediction)
         for intervention in remembering:
             self._remember(intervention, prediction)
-        self._guide(prediction)
-        prediction = sign * prediction
+        prediction = sign * self._guide(prediction)
         new = list(prediction) if isinstance(first, list) else prediction
         if first is output:
             return new
@@ -81,8 +80,7 @@ class PredictionEdits:
             if intervention.branch in ("both", samples.branch) and key(samples.rows) in offsets:
                 index = torch.tensor(samples.rows, device=prediction.device)
                 shown[index] = (_wide(shown[index]) + offsets[key(samples.rows)]).to(shown.dtype)
-        part = call.architecture.output
-        return shown if part is None else part.put(prediction, part.locate(call.arguments), shown)
+        return self._with_image(prediction, shown)
 
     def _remember(self, intervention: PredictionIntervention, prediction: Tensor) -> None:
         shown, given = self._image(prediction), self._image(_stacked(self._call.latents))
@@ -90,16 +88,19 @@ class PredictionEdits:
             index, moment = torch.tensor(rows, device=prediction.device), self._call.moment(rows, intervention)
             intervention.remember(moment.images(_wide(shown[index]), _wide(given[index])), moment)
 
-    def _guide(self, prediction: Tensor) -> None:
+    def _guide(self, prediction: Tensor) -> Tensor:
         """Edit unconditional rows by the conditional ones, which come in the same call or in an earlier one."""
         call, clock = self._call, self._call.clock
-        conditional = [prediction[list(samples.rows)] for samples in call.step.sets if samples.branch == "cond"]
+        shown = self._image(prediction)
+        conditional = [shown[list(samples.rows)] for samples in call.step.sets if samples.branch == "cond"]
         clock.conditional = conditional or clock.conditional
         unconditional = [samples.rows for samples in call.step.sets if samples.branch == "uncond"]
-        for guiding in call.active(GuidanceIntervention):
-            for rows, other in zip(unconditional, clock.conditional, strict=bool(unconditional)):
-                old = prediction[list(rows)][None]
-                prediction[list(rows)] = guiding.edit(old, other[None], call.moment([rows]))[0]
+        guiding = call.active(GuidanceIntervention) if unconditional else []
+        for intervention in guiding:
+            for rows, other in zip(unconditional, clock.conditional, strict=True):
+                old = shown[list(rows)][None]
+                shown[list(rows)] = intervention.edit(old, other[None], call.moment([rows]))[0]
+        return self._with_image(prediction, shown) if guiding else prediction
 
     def _image(self, values: Tensor) -> Tensor:
         """The image tokens of latents or predictions, where their rows hold text, too."""
@@ -107,6 +108,11 @@ class PredictionEdits:
         found = values if part is None else part.get(values, part.locate(self._call.arguments))
         assert found is not None
         return found
+
+    def _with_image(self, prediction: Tensor, shown: Tensor) -> Tensor:
+        """The prediction with other image tokens."""
+        part = self._call.architecture.output
+        return shown if part is None else part.put(prediction, part.locate(self._call.arguments), shown)
 
 
 def _stacked(rows: Tensor | Sequence[Tensor]) -> Tensor:

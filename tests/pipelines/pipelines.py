@@ -366,6 +366,7 @@ PIPELINES: dict[str, Callable[[], Pipeline]] = {
         16,
         size(64, num_frames=1) | mask("prompt_attention_mask", torch.bool),
         expand=True,
+        scheduler=FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
     ),
     "NucleusMoE": plain(
         "NucleusMoEImagePipeline",

@@ -118,7 +118,8 @@ class Architecture:
         text: name of the argument that holds the text embeddings, rows first, or a list of rows.
         real: which text tokens are not padding, bool `[rows, N]`, True for real ones, from the denoiser's
             arguments; None where they don't tell.
-        sign: -1 where the prediction grows towards the image, as pipelines turn it; 1 where it grows towards noise.
+        sign: 1 where the prediction grows towards noise; -1 where it grows towards the image, and the pipeline turns it
+            or its time runs that way.
         output: where the image tokens are in what the denoiser returns; None: it returns nothing else.
         no_context: why there is no contextual space, where there is none.
     """
