@@ -262,7 +262,7 @@ def test_latents_move_as_asked_whatever_guidance_does(kind, index):
     ["CogVideoX", "HiDream", "HunyuanImage", "Ideogram4", "Lumina2", "Mochi", "SD3 PAG", "SDXL", "Wan 2.2", "Z-Image"],
 )
 def test_pipelines_of_all_kinds(name):
-    """Guidance by a second denoiser or in a second call, masks of another length, v and epsilon, turned signs, times."""
+    """Guidance by a second denoiser or in a second call, masks of another length, v and epsilon, signs, times."""
     made = PIPELINES[name]()
     stock = made()
     with attach(made.pipe, Move(start=STEPS - 1)):
