@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM ?= false
 	touch $@
 
 demo: .venv/.installed  ## Eight different pictures of one prompt beside the stock pipeline's eight.
-	$(BIN)/variegate generate "an animal" --blocks all --strength 6 -o variegate-out
+	$(BIN)/variegate generate "an animal" food --strength 2 -o variegate-out
 
 test: .venv/.installed lint  ## Everything continuous integration runs.
 	$(BIN)/python -m pytest

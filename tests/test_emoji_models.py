@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from variegate import ContextualRepulsion, attach
-from variegate.emoji.models import bundled_models, call_defaults, describe, load_pipeline
+from variegate.emoji.models import bundled_models, call_defaults, describe, load_pipeline, locate
 
 MODELS = tuple(bundled_models())
 
@@ -20,6 +20,13 @@ def latents(pipe, prompt="an animal", n=2, **changes):
 def test_they_are_three_and_small():
     assert MODELS == ("emoji-base", "emoji-dev", "emoji-turbo")
     assert sum(describe(name).bytes for name in MODELS) <= 90e6
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_their_configurations_name_no_folder(name):
+    texts = [path.read_text() for path in locate(name).folder.rglob("*.json")]
+    assert texts
+    assert not any("_name_or_path" in text for text in texts)
 
 
 @pytest.mark.parametrize("name", MODELS)

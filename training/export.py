@@ -8,6 +8,7 @@ python training/export.py dev --run runs/dev --out src/variegate/emoji/emoji-dev
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -115,6 +116,10 @@ def main() -> None:
         # transformers 4 and 5 share this name of the class.
         index = fresh / "model_index.json"
         index.write_text(index.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
+        for path in (index, *fresh.rglob("config.json")):
+            config = json.loads(path.read_text())
+            config.pop("_name_or_path", None)  # a folder of this machine
+            path.write_text(json.dumps(config, indent=2) + "\n")
         shutil.copy((args.run if args.kind == "base" else args.teacher) / "frequencies.json", fresh)
         if (args.out / "README.md").exists():
             shutil.copy(args.out / "README.md", fresh)

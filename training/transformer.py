@@ -184,7 +184,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="npz written by dataset.py")
     parser.add_argument("--autoencoder", type=Path, required=True, help="folder written by autoencoder.py")
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints and the log")
-    parser.add_argument("--steps", type=int, default=12000)
+    parser.add_argument("--steps", type=int, default=36000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1.2e-3)
     parser.add_argument("--width", type=int, default=160)
