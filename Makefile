@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM ?= false
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
-demo: .venv/.installed  ## Eight different pictures of one prompt beside the stock pipeline's eight.
+demo: .venv/.installed  ## Eight different pictures of each of two prompts beside the stock pipeline's.
 	$(BIN)/variegate generate "an animal" food --strength 2 -o variegate-out
 
 test: .venv/.installed lint  ## Everything continuous integration runs.

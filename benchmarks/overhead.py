@@ -53,24 +53,25 @@ def main() -> None:
     seconds(repelled=True)
     pairs = np.empty((args.repeats, 2))
     for index in track(range(args.repeats), description="pairs"):
-        for repelled in (0, 1) if index % 2 else (1, 0):
-            pairs[index, repelled] = seconds(repelled=bool(repelled))
+        for repelled in (False, True) if index % 2 else (True, False):
+            pairs[index, int(repelled)] = seconds(repelled=repelled)
     added = pairs[:, 1] / pairs[:, 0] - 1  # within a pair: what drifts between pairs cancels
     low, high = bootstrap((added,), np.median, rng=0).confidence_interval
-    stock, repelled = np.median(pairs, axis=0)
+    stock_seconds, repelled_seconds = np.median(pairs, axis=0)
     result: dict[str, Any] = {
         "model": args.model,
         "images": args.n,
         "steps": args.steps,
         "pairs": args.repeats,
-        "stock_seconds": stock,
-        "repelled_seconds": repelled,
+        "stock_seconds": stock_seconds,
+        "repelled_seconds": repelled_seconds,
         "added": float(np.median(added)),
         "added_95": [low, high],
     }
     print(
-        f"{args.model}, {args.n} images, {args.steps} steps: stock {stock:.3f} s, repelled {repelled:.3f} s, added "
-        f"{100 * result['added']:+.1f} % (median of {args.repeats} pairs; 95 %: {100 * low:+.1f} to {100 * high:+.1f})"
+        f"{args.model}, {args.n} images, {args.steps} steps: stock {stock_seconds:.3f} s, "
+        f"repelled {repelled_seconds:.3f} s, added {100 * result['added']:+.1f} % (median of {args.repeats} pairs; "
+        f"95 %: {100 * low:+.1f} to {100 * high:+.1f})"
     )
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")

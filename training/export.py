@@ -113,12 +113,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.out.parent) as folder:
         fresh = Path(folder, args.out.name)
         pipeline.save_pretrained(fresh)
-        # transformers 4 and 5 share this name of the class.
-        index = fresh / "model_index.json"
-        index.write_text(index.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
-        for path in (index, *fresh.rglob("config.json")):
-            config = json.loads(path.read_text())
-            config.pop("_name_or_path", None)  # a folder of this machine
+        for path in (fresh / "model_index.json", *fresh.rglob("config.json")):
+            # transformers 4 and 5 share this name of the class.
+            config = json.loads(path.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
+            config.pop("_name_or_path", None)  # the folder a part was loaded from is no part of the model
             path.write_text(json.dumps(config, indent=2) + "\n")
         shutil.copy((args.run if args.kind == "base" else args.teacher) / "frequencies.json", fresh)
         if (args.out / "README.md").exists():

@@ -125,8 +125,10 @@ class Clock:
         if getattr(scheduler, "sigmas", None) is not None:
             index = getattr(scheduler, "step_index", None)
             index = (index if index is not None else getattr(scheduler, "begin_index", None) or 0) + ahead
-            sigma = float(scheduler.sigmas[min(index, len(scheduler.sigmas) - 1)])
-            if scheduler.config.get("invert_sigmas"):  # from 0 up to 1, which is the image
+            if index >= len(scheduler.sigmas):
+                return 0.0
+            sigma = float(scheduler.sigmas[index])
+            if getattr(scheduler, "config", {}).get("invert_sigmas"):  # from 0 up to 1, which is the image
                 return 1 - sigma
             return sigma if self._is_flow(scheduler) else sigma / (1 + sigma)
         if getattr(scheduler, "alphas_cumprod", None) is not None:

@@ -32,8 +32,8 @@ class PredictionEdits:
         remembering = [
             i for i in call.interventions if isinstance(i, PredictionIntervention) and i.remembering(call.step)
         ]
-        predicting = call.active(PredictionIntervention)
-        if not (remembering or predicting or call.active(GuidanceIntervention)):
+        predicting, guiding = call.active(PredictionIntervention), call.active(GuidanceIntervention)
+        if not (remembering or predicting or guiding):
             return None
         first = output if isinstance(output, (Tensor, list)) else output[0]
         sign = call.architecture.sign
@@ -42,7 +42,9 @@ class PredictionEdits:
             prediction = self._edit(intervention, prediction)
         for intervention in remembering:
             self._remember(intervention, prediction)
-        prediction = sign * self._guide(prediction)
+        if guiding:
+            prediction = self._guide(guiding, prediction)
+        prediction = sign * prediction
         new = list(prediction) if isinstance(first, list) else prediction
         if first is output:
             return new
@@ -88,19 +90,18 @@ class PredictionEdits:
             index, moment = torch.tensor(rows, device=prediction.device), self._call.moment(rows, intervention)
             intervention.remember(moment.images(_wide(shown[index]), _wide(given[index])), moment)
 
-    def _guide(self, prediction: Tensor) -> Tensor:
+    def _guide(self, guiding: Sequence[GuidanceIntervention], prediction: Tensor) -> Tensor:
         """Edit unconditional rows by the conditional ones, which come in the same call or in an earlier one."""
         call, clock = self._call, self._call.clock
         shown = self._image(prediction)
         conditional = [shown[list(samples.rows)] for samples in call.step.sets if samples.branch == "cond"]
         clock.conditional = conditional or clock.conditional
         unconditional = [samples.rows for samples in call.step.sets if samples.branch == "uncond"]
-        guiding = call.active(GuidanceIntervention) if unconditional else []
         for intervention in guiding:
-            for rows, other in zip(unconditional, clock.conditional, strict=True):
+            for rows, other in zip(unconditional, clock.conditional, strict=bool(unconditional)):
                 old = shown[list(rows)][None]
                 shown[list(rows)] = intervention.edit(old, other[None], call.moment([rows]))[0]
-        return self._with_image(prediction, shown) if guiding else prediction
+        return self._with_image(prediction, shown)
 
     def _image(self, values: Tensor) -> Tensor:
         """The image tokens of latents or predictions, where their rows hold text, too."""
