@@ -1,10 +1,13 @@
-"""Train the autoencoder: 64 x 64 pixels to 8 x 8 x 16 latents.
+r"""Train the autoencoder: 64 x 64 pixels to 8 x 8 x 16 latents.
 
 An `AutoencoderKL` of 0.7 M parameters, absolute error on pixels and on their differences (flat artwork lives by
-its edges), a light KL term. `--decoder-only` polishes the decoder under a frozen encoder, so that latents a
-transformer was trained on stay valid.
+its edges), a light KL term. `--decoder-only` goes on with the decoder under a frozen encoder, so that latents a
+transformer was trained on stay valid: it learns to decode what a sampler almost hits, latents with `--noise`, and
+`--widen` gives it (and the encoder, which stays the same function) twice the channels.
 
     python training/autoencoder.py --data data/emoji64.npz --out runs/autoencoder
+    python training/autoencoder.py --data data/emoji64.npz --out runs/decoder --init runs/base/vae \
+        --decoder-only --widen
 """
 
 from __future__ import annotations
@@ -48,6 +51,33 @@ def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Ten
     return (output - target).abs().mean() + 0.5 * edges + COLOUR_WEIGHT * colour
 
 
+@torch.no_grad()
+def widened(model: AutoencoderKL) -> AutoencoderKL:
+    """The same function with every channel twice, and its readers' weights shared out unequally among the two.
+
+    Net2Net (arXiv 1511.05641). Groups of channels keep their size, so that their norms stay what they are.
+    """
+    config = dict(model.config)
+    config["block_out_channels"] = [2 * channels for channels in config["block_out_channels"]]
+    config["norm_num_groups"] *= 2
+    wide = AutoencoderKL.from_config(config)
+    for name, new in wide.state_dict().items():
+        old = model.state_dict()[name]
+        if new.shape[0] != old.shape[0]:
+            old = torch.cat([old, old])
+        if new.shape[1:] != old.shape[1:]:
+            share = 0.5 + 0.25 * torch.randn(old.shape)
+            old = torch.cat([share * old, (1 - share) * old], dim=1)
+        new.copy_(old)
+    return wide
+
+
+@torch.no_grad()
+def latents_of(model: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 `[N, 3, 64, 64]` to latents `[N, 16, 8, 8]`, as the encoder gives them."""
+    return torch.cat([model.encode(x.float() / 127.5 - 1).latent_dist.mode() for x in pixels.split(64)])
+
+
 def main() -> None:
     """Train, report a line every 100 steps, save a checkpoint every 200."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -58,6 +88,8 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--init", type=Path, help="start from the autoencoder in this folder")
     parser.add_argument("--decoder-only", action="store_true", help="freeze the encoder")
+    parser.add_argument("--widen", action="store_true", help="twice the channels of --init")
+    parser.add_argument("--noise", type=float, default=0.5, help="most noise in latents of --decoder-only, deviations")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -67,9 +99,12 @@ def main() -> None:
     # The domain first, the rest of the artwork now and then, so that the encoder serves other pictures too.
     weights = torch.from_numpy(np.where(in_domain(data), 1.0, 0.02) * in_licence(data))
     model = AutoencoderKL.from_pretrained(args.init) if args.init else AutoencoderKL(**CONFIG)
-    model.train()
+    if args.widen:
+        model = widened(model)
+    model.train().to(memory_format=torch.channels_last)
     if args.decoder_only:
         model.encoder.requires_grad_(False)
+        latents = latents_of(model, pixels)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], args.lr, betas=(0.9, 0.98))
     warmup = min(100, args.steps // 10)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -82,11 +117,18 @@ def main() -> None:
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         rows = torch.multinomial(weights, args.batch, replacement=True, generator=generator)
         x = pixels[rows].float() / 127.5 - 1
-        x = torch.where(torch.rand(args.batch, 1, 1, 1, generator=generator) < 0.25, x.flip(3), x)
-        posterior = model.encode(x).latent_dist
-        rebuilt = model.decode(posterior.sample(generator)).sample
-        loss = reconstruction_loss(rebuilt, x)
-        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        if args.decoder_only:
+            level = args.noise * latents.std() * torch.rand(args.batch, 1, 1, 1, generator=generator)
+            noise = torch.randn(latents[rows].shape, generator=generator)
+            rebuilt = model.decode(latents[rows] + level * noise).sample
+            loss = reconstruction_loss(rebuilt, x)
+            kl = torch.zeros(())
+        else:
+            x = torch.where(torch.rand(args.batch, 1, 1, 1, generator=generator) < 0.25, x.flip(3), x)
+            posterior = model.encode(x).latent_dist
+            rebuilt = model.decode(posterior.sample(generator)).sample
+            loss = reconstruction_loss(rebuilt, x)
+            kl = posterior.kl().mean() / posterior.mean[0].numel()
         (loss + KL_WEIGHT * kl).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -18,10 +18,8 @@ train that form, the others the short one of `max_sequence_length=16`.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import math
-import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,13 +27,13 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from tokenizers import Tokenizer, processors
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from captions import Captions, drawings
-from common import Progress, atomic_save, load_state
+from common import Batches, arguments, autocast, fit, prepare
 from tokenizer import EOS, MAX_LENGTH, ids_of
-from transformer import PaddedAttention, TextToImage, encode_latents, guided, learning_rate, load_parts, load_weights
+from transformer import TextToImage, copies, encode_latents, guided, load_parts, load_weights, noised
 
 LENGTH = 16  # text tokens of the short form
 LONG = 512  # those of a plain pipeline call
@@ -46,7 +44,7 @@ PAD = "<pad>"
 class GuidanceDistilled(nn.Module):
     """The trained parts of a `FluxPipeline`, wired as the pipeline wires them."""
 
-    def __init__(self, clip: CLIPTextConfig, vocabulary: int, width: int = 160, dual: int = 4, single: int = 4) -> None:
+    def __init__(self, clip: CLIPTextConfig, vocabulary: int, width: int, dual: int = 4, single: int = 4) -> None:
         super().__init__()
         self.text_encoder = CLIPTextModel(clip)
         self.text_encoder_2 = T5EncoderModel(
@@ -84,32 +82,19 @@ class GuidanceDistilled(nn.Module):
         bias.weight[REACH:] = -1e4  # buckets: distances 0 to 3 back, farther back, ahead
 
     def forward(
-        self,
-        latents: torch.Tensor,
-        t: torch.Tensor,
-        ids: torch.Tensor,
-        ids_2: torch.Tensor,
-        guidance: torch.Tensor,
-        length: int = LENGTH,
-    ) -> torch.Tensor:
-        """Velocity of `[B, 16, 8, 8]` latents at times `[B]` in [0, 1], as if the text had `length` tokens."""
-        unique, inverse = torch.cat([ids, ids_2], dim=1).unique(dim=0, return_inverse=True)
-        ids, ids_2 = unique.split([MAX_LENGTH, LENGTH], dim=1)
-        tokens = self.text_encoder_2(ids_2)[0][inverse]
-        pooled = self.text_encoder(ids).pooler_output[inverse]
-        mask = None
-        if length > LENGTH:
-            mask = torch.zeros(1, 1, 1, LENGTH + 16)
-            mask[..., LENGTH - 1] = math.log(1 + length - LENGTH)
+        self, latents: Tensor, t: Tensor, ids: Tensor, ids_2: Tensor, guidance: Tensor, padded: Tensor
+    ) -> Tensor:
+        """Velocity of `[B, 16, 8, 8]` latents at times `[B]` in [0, 1]; `padded` ones `[B]` see 512 tokens of text."""
+        tokens = self.text_encoder_2(ids_2)[0]
         packed = self.transformer(
             hidden_states=FluxPipeline._pack_latents(latents, len(latents), 16, 8, 8),
             encoder_hidden_states=tokens,
-            pooled_projections=pooled,
+            pooled_projections=self.text_encoder(ids).pooler_output,
             timestep=t,
             guidance=guidance,
-            img_ids=FluxPipeline._prepare_latent_image_ids(1, 4, 4, "cpu", torch.float32),
-            txt_ids=torch.zeros(LENGTH, 3),
-            joint_attention_kwargs={"attention_mask": mask},
+            img_ids=FluxPipeline._prepare_latent_image_ids(1, 4, 4, latents.device, torch.float32),
+            txt_ids=torch.zeros(LENGTH, 3, device=latents.device),
+            joint_attention_kwargs=copies(padded, 1 + LONG - LENGTH, LENGTH - 1, after=16),
             return_dict=False,
         )[0]
         return FluxPipeline._unpack_latents(packed, 64, 64, 8)
@@ -171,67 +156,44 @@ def start_from(student: GuidanceDistilled, teacher: TextToImage) -> None:
 
 
 def main() -> None:
-    """Distil, report a line every 100 steps, save a checkpoint every 200."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="npz written by dataset.py")
+    """Distil; kill it and go on at any time."""
+    parser = arguments(__doc__, steps=10000, lr=1.2e-3)
     parser.add_argument("--teacher", type=Path, default=Path("src/variegate/emoji/emoji-base"))
-    parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints and the log")
-    parser.add_argument("--init", type=Path, help="start from the weights of this pipeline, e.g. the bundled one")
-    parser.add_argument("--steps", type=int, default=10000)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1.2e-3)
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    torch.manual_seed(args.seed)
-    args.out.mkdir(parents=True, exist_ok=True)
+    prepare(args)
     data = np.load(args.data)
     items = drawings(data)
     captions = Captions(items)
     tokenizer = CLIPTokenizer.from_pretrained(args.teacher / "tokenizer")
     tokenizer_2 = word_tokenizer(tokenizer, args.out / "tokenizer_2")
     vae = AutoencoderKL.from_pretrained(args.teacher / "vae").eval()
-    latents = encode_latents(vae, torch.from_numpy(data["images"])[[item.row for item in items]])
+    latents = encode_latents(vae, torch.from_numpy(data["images"])[[item.row for item in items]], args.device)
 
-    teacher = load_weights(args.teacher, tokenizer).requires_grad_(False)
-    teacher.transformer.set_attn_processor(PaddedAttention())
-    model = GuidanceDistilled(teacher.text_encoder.config, len(tokenizer_2))
+    teacher = load_weights(args.teacher, tokenizer).requires_grad_(False).to(args.device)
+    model = GuidanceDistilled(teacher.text_encoder.config, len(tokenizer_2), teacher.transformer.inner_dim)
     if args.init:
         load_parts(model, args.init)
     else:
         start_from(model, teacher)
+    model.to(args.device)
     ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    parts = {"ema": ema, "model": model, "optimizer": optimizer}
-    step = load_state(args.out / "checkpoint.pt", **parts)
-    empty = ids_of(tokenizer, [""])
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(items)} drawings", flush=True)
+    if args.compile:
+        teacher.compile(mode=args.compile)
+        model.compile(mode=args.compile)
+    empty = ids_of(tokenizer, [""]).to(args.device)
 
-    progress = Progress(args.steps, step, args.batch, args.out / "loss.csv")
-    while step < args.steps:
-        rng = random.Random(f"{args.seed} {step}")
-        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        texts, rows = zip(*(captions.draw(rng) for _ in range(args.batch)), strict=True)
-        ids, ids_2 = ids_of(tokenizer, texts), ids_of(tokenizer_2, texts, LENGTH)
-        image = latents[list(rows)]
-        noise = torch.randn(image.shape, generator=generator)
-        t = torch.randn(args.batch, generator=generator).sigmoid()
-        noisy = torch.lerp(image, noise, t[:, None, None, None])
-        w = 1 + 5 * torch.rand(args.batch, generator=generator)
+    def loss_of(generator: torch.Generator, batch: Sequence[Tensor]) -> Tensor:
+        rows, padded, ids, ids_2 = batch
+        noisy, t, _ = noised(latents[rows], generator)
+        w = 1 + 5 * torch.rand(len(rows), generator=generator, device=args.device)
         velocity = guided(teacher, noisy, t, ids, empty, w)
-        loss = F.mse_loss(model(noisy, t, ids, ids_2, w, LONG if rng.random() < 0.3 else LENGTH), velocity)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * learning_rate(step, args.steps, decay=0.5)
-        optimizer.step()
-        optimizer.zero_grad()
-        model.fix()
-        step += 1
-        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(0.999, (1 + step) / (10 + step)))
-        progress.update(step, loss=loss)
-        if step % 200 == 0 or step == args.steps:
-            atomic_save(args.out / "checkpoint.pt", step, **parts)
+        with autocast(args.device):
+            predicted = model(noisy, t, ids, ids_2, w, padded)
+        return F.mse_loss(predicted.float(), velocity)
+
+    batches = Batches(captions, args.batch, args.seed, (tokenizer, MAX_LENGTH), (tokenizer_2, LENGTH))
+    fit(args, batches, model, ema, loss_of, decay=0.5, project=model.fix)
 
 
 if __name__ == "__main__":

@@ -49,9 +49,7 @@ def base(state: dict[str, Any], run: Path, args: argparse.Namespace) -> Diffusio
     width = state["ema"]["transformer.context_embedder.weight"].shape[0]
     model = TextToImage(tokenizer, width, _count(state["ema"], "transformer.transformer_blocks.")).eval()
     model.load_state_dict(state["ema"])
-    vae = AutoencoderKL.from_pretrained(run / "vae")
-    if args.autoencoder:
-        vae.load_state_dict(AutoencoderKL.from_pretrained(args.autoencoder).state_dict())
+    vae = AutoencoderKL.from_pretrained(args.autoencoder or run / "vae")
     encoder, silence = silent_t5(width)
     return StableDiffusion3Pipeline(
         transformer=model.transformer,
@@ -104,14 +102,16 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of checkpoints")
     parser.add_argument("--out", type=Path, required=True, help="folder of the pipeline")
     parser.add_argument("--teacher", type=Path, default=Path("src/variegate/emoji/emoji-base"), help="of turbo and dev")
-    parser.add_argument("--autoencoder", type=Path, help="base: its decoder, if polished since; default RUN/vae")
+    parser.add_argument("--autoencoder", type=Path, help="base: with the decoder trained since; default RUN/vae")
     args = parser.parse_args()
 
-    state = torch.load(args.run / "checkpoint.pt", weights_only=True)
+    state = torch.load(args.run / "checkpoint.pt", weights_only=True, map_location="cpu")
     pipeline = KINDS[args.kind](state, args.run, args)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.out.parent) as folder:
         fresh = Path(folder, args.out.name)
+        for part in (pipeline.transformer, pipeline.vae):
+            part.half()  # half the download; diffusers loads them as float32 unless asked
         pipeline.save_pretrained(fresh)
         for path in (fresh / "model_index.json", *fresh.rglob("config.json")):
             # transformers 4 and 5 share this name of the class.

@@ -14,20 +14,20 @@ from the last checkpoint.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import CLIPTokenizer
 
 from captions import Captions, drawings
-from common import Progress, atomic_save, load_state
+from common import Batches, arguments, autocast, fit, prepare
 from tokenizer import MAX_LENGTH, ids_of
-from transformer import PADDING, PaddedAttention, TextToImage, guided, learning_rate, load_weights
+from transformer import MaskedAttention, TextToImage, guided, load_weights
 
 NODES = 4  # steps of the student
 SUBSTEPS = 5  # steps of the teacher between two of the student's
@@ -43,91 +43,70 @@ class Paths:
         capacity: paths that are kept.
     """
 
-    def __init__(self, teacher: TextToImage, guidance: float, empty: torch.Tensor, capacity: int = 4096) -> None:
+    def __init__(self, teacher: TextToImage, guidance: float, empty: Tensor, capacity: int) -> None:
         self.teacher, self.guidance, self.empty, self.capacity = teacher, guidance, empty, capacity
-        self.points = torch.empty(0, NODES + 1, 16, 8, 8)
-        self.ids = torch.empty(0, MAX_LENGTH, dtype=torch.long)
+        self.points = torch.empty(0, NODES + 1, 16, 8, 8, device=empty.device)
+        self.ids = torch.empty(0, MAX_LENGTH, dtype=torch.long, device=empty.device)
 
     @torch.no_grad()
-    def extend(self, ids: torch.Tensor, generator: torch.Generator) -> None:
+    def extend(self, ids: Tensor, generator: torch.Generator) -> None:
         """Follow the teacher from fresh noise for prompts `[B, 12]`."""
-        x = torch.randn(len(ids), 16, 8, 8, generator=generator)
+        x = torch.randn(len(ids), 16, 8, 8, generator=generator, device=ids.device)
         points, steps = [x], NODES * SUBSTEPS
-        scale = torch.full((len(ids),), self.guidance)
+        scale = torch.full((len(ids),), self.guidance, device=ids.device)
         for step in range(steps):
-            t = torch.full((len(ids),), 1 - step / steps)
+            t = torch.full((len(ids),), 1 - step / steps, device=ids.device)
             x = x - guided(self.teacher, x, t, ids, self.empty, scale) / steps
             if (step + 1) % SUBSTEPS == 0:
                 points.append(x)
         self.points = torch.cat([self.points, torch.stack(points, dim=1)])[-self.capacity :]
         self.ids = torch.cat([self.ids, ids])[-self.capacity :]
 
-    def draw(self, count: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Points `[B, 16, 8, 8]`, their times `[B]`, the velocities that lead to the next points, and token ids."""
-        row = torch.randint(len(self.points), (count,), generator=generator)
-        node = torch.randint(NODES, (count,), generator=generator)
+        row = torch.randint(len(self.points), (count,), generator=generator, device=self.ids.device)
+        node = torch.randint(NODES, (count,), generator=generator, device=self.ids.device)
         here, there = self.points[row, node], self.points[row, node + 1]
         return here, 1 - node / NODES, NODES * (here - there), self.ids[row]
 
 
 def main() -> None:
-    """Distil, report a line every 100 steps, save a checkpoint every 200."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="npz written by dataset.py")
+    """Distil; kill it and go on at any time."""
+    parser = arguments(__doc__, steps=2600, lr=6e-4)
     parser.add_argument("--teacher", type=Path, default=Path("src/variegate/emoji/emoji-base"))
-    parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints and the log")
-    parser.add_argument("--init", type=Path, help="start from the weights of this pipeline, e.g. the bundled one")
-    parser.add_argument("--steps", type=int, default=2600)
-    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--reuse", type=int, default=4, help="how often a point is learnt from, on average")
     parser.add_argument("--guidance", type=float, default=4.0)
-    parser.add_argument("--lr", type=float, default=6e-4)
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    torch.manual_seed(args.seed)
-    args.out.mkdir(parents=True, exist_ok=True)
+    prepare(args)
     captions = Captions(drawings(np.load(args.data)))
     tokenizer = CLIPTokenizer.from_pretrained(args.teacher / "tokenizer")
-
-    teacher = load_weights(args.teacher, tokenizer).requires_grad_(False)
-    teacher.transformer.set_attn_processor(PaddedAttention())
-    student = load_weights(args.init or args.teacher, tokenizer)
-    student.requires_grad_(False)
-    student.transformer.set_attn_processor(PaddedAttention())
+    teacher, student = (load_weights(folder, tokenizer) for folder in (args.teacher, args.init or args.teacher))
+    for model in (teacher, student):
+        model.requires_grad_(False).to(args.device)
+    student.transformer.set_attn_processor(MaskedAttention())
+    ema = copy.deepcopy(student.transformer)
     student.transformer.requires_grad_(True)
-    ema = copy.deepcopy(student).requires_grad_(False)
-    trained = list(student.transformer.parameters())
-    optimizer = torch.optim.AdamW(trained, args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    parts = {"ema": ema.transformer, "model": student.transformer, "optimizer": optimizer}
-    step = load_state(args.out / "checkpoint.pt", **parts)
+    if args.compile:
+        teacher.compile(mode=args.compile)
+        student.compile(mode=args.compile)
+    paths = Paths(teacher, args.guidance, ids_of(tokenizer, [""]).to(args.device), 64 * args.batch)
+    turns = 0
 
-    paths = Paths(teacher, args.guidance, ids_of(tokenizer, [""]))
-    progress = Progress(args.steps, step, args.batch, args.out / "loss.csv")
-    every = NODES * args.reuse
-    while step < args.steps:
-        rng = random.Random(f"{args.seed} {step}")
-        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        # A ring that is young, at the start or after a kill, is filled before anything is learnt from it.
-        while step % every == 0 or len(paths.ids) < 4 * args.batch:
-            texts = [captions.draw(rng)[0] for _ in range(args.batch)]
-            paths.extend(ids_of(tokenizer, texts), generator)
-            if len(paths.ids) >= 4 * args.batch:
-                break
+    def loss_of(generator: torch.Generator, batch: Sequence[Tensor]) -> Tensor:
+        nonlocal turns
+        _, padded, ids = batch
+        # A ring that is young, at the start or after a kill, grows with every step.
+        if turns % (NODES * args.reuse) == 0 or len(paths.ids) < 4 * args.batch:
+            paths.extend(ids, generator)
+        turns += 1
         points, t, velocity, ids = paths.draw(args.batch, generator)
-        padding = PADDING if rng.random() < 0.3 else 1
-        loss = F.mse_loss(student(points, t, ids, padding), velocity)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * learning_rate(step, args.steps, decay=0.5)
-        optimizer.step()
-        optimizer.zero_grad()
-        step += 1
-        torch._foreach_lerp_(list(ema.transformer.parameters()), trained, 1 - min(0.999, (1 + step) / (10 + step)))
-        progress.update(step, loss=loss)
-        if step % 200 == 0 or step == args.steps:
-            atomic_save(args.out / "checkpoint.pt", step, **parts)
+        with autocast(args.device):
+            predicted = student(points, t, ids, padded)
+        return F.mse_loss(predicted.float(), velocity)
+
+    batches = Batches(captions, args.batch, args.seed, (tokenizer, MAX_LENGTH))
+    fit(args, batches, student.transformer, ema, loss_of, decay=0.5)
 
 
 if __name__ == "__main__":
