@@ -27,13 +27,13 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from torch import Tensor, nn
 
 from gram_flow import autograd_loop, closed_form_loop
-from variegate import ContextualRepulsion, Intervention, attach
+from variegate import ContextualRepulsion, TokenIntervention, attach
 
 SAMPLES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loop(Intervention):
+class Loop(TokenIntervention):
     """The paper's iteration, step by step on the tokens."""
 
     loop: Callable[[Tensor, float, int], Tensor]

@@ -87,12 +87,21 @@ def test_no_hook_is_left_after_exit_or_an_exception(pipe):
     assert hook_count(pipe) == before
 
 
+class Nameless(Intervention):
+    """Has an edit and no kind: nothing would call it."""
+
+    def edit(self, tokens):
+        return tokens
+
+
 def test_no_hook_is_left_after_a_failed_attach(pipe, monkeypatch):
     before = hook_count(pipe)
     with pytest.raises(ValueError, match=r"blocks=\[99\]: the denoiser has \d+ joint blocks"):
         attach(pipe, STRONG, ContextualRepulsion(blocks=[99]))
     with pytest.raises(TypeError, match="not float"):
         attach(pipe, STRONG, 0.5)
+    with pytest.raises(TypeError, match="Nameless derives from no kind of intervention"):
+        attach(pipe, STRONG, Nameless())
     assert hook_count(pipe) == before
 
     def refuse(*args, **kwargs):

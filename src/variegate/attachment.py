@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from variegate.architectures import Architecture
 from variegate.clock import Clock
-from variegate.intervention import Intervention
+from variegate.intervention import KINDS, Intervention
 from variegate.noise import Start
 from variegate.plan import Plan
 
@@ -38,7 +38,7 @@ def attach(
 
     Raises:
         ValueError: if the target lacks the site or the blocks that an intervention asks for.
-        TypeError: if an argument is not an `Intervention`.
+        TypeError: if an argument is not an `Intervention`, or of no kind that acts.
 
     Example:
         >>> from variegate import ContextualRepulsion, attach
@@ -67,6 +67,11 @@ class Attachment:
             if not isinstance(intervention, Intervention):
                 raise TypeError(
                     f"attach takes interventions such as ContextualRepulsion(), not {type(intervention).__name__}."
+                )
+            if not isinstance(intervention, KINDS):
+                raise TypeError(
+                    f"{type(intervention).__name__} derives from no kind of intervention that acts, so nothing would "
+                    f"call its edit; derive it from one of {', '.join(kind.__name__ for kind in KINDS)}."
                 )
         self._handles: list[RemovableHandle] = []
         self._plans: list[Plan] = []

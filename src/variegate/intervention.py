@@ -364,3 +364,14 @@ class GuidanceIntervention(Intervention):
         Returns:
             The same shape and dtype.
         """
+
+
+KINDS = (
+    TokenIntervention,
+    ImageIntervention,
+    NoiseIntervention,
+    PreviewIntervention,
+    ConditionIntervention,
+    PredictionIntervention,
+    GuidanceIntervention,
+)
