@@ -86,7 +86,8 @@ def principal(rows: Tensor, count: int, moment: Moment) -> Tensor:
         moment: for the random directions that it starts from.
 
     Returns:
-        `[S, B, D, count]`, orthonormal; fewer of them if N or D is smaller.
+        `[S, B, D, count]`, orthonormal; fewer of them if N or D is smaller. Their signs, which are nobody's choice but
+        the solver's, are those that make the largest entry positive: the same on every device.
     """
     import torch
 
@@ -96,4 +97,4 @@ def principal(rows: Tensor, count: int, moment: Moment) -> Tensor:
         basis = torch.linalg.qr(rows.mT @ (rows @ basis)).Q
     _, _, turn = torch.linalg.svd(rows @ basis, full_matrices=False)
     first: Tensor = basis @ turn[..., :count, :].mT
-    return first
+    return first * first.gather(-2, first.abs().argmax(-2, keepdim=True)).sign()
