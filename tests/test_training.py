@@ -28,13 +28,17 @@ def transformer():
 
 
 @pytest.fixture
-def model(transformer):
-    return transformer.load_weights(BASE, CLIPTokenizer.from_pretrained(BASE / "tokenizer")).eval()
+def tokenizer():
+    return CLIPTokenizer.from_pretrained(BASE / "tokenizer")
 
 
 @pytest.fixture
-def prompt():
-    tokenizer = CLIPTokenizer.from_pretrained(BASE / "tokenizer")
+def model(transformer, tokenizer):
+    return transformer.load_weights(BASE, tokenizer).eval()
+
+
+@pytest.fixture
+def prompt(tokenizer):
     return importlib.import_module("tokenizer").ids_of(tokenizer, ["a cat", "", "bear, 3d style"])
 
 

@@ -74,8 +74,9 @@ def widened(model: AutoencoderKL) -> AutoencoderKL:
 
 @torch.no_grad()
 def latents_of(model: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 `[N, 3, 64, 64]` to latents `[N, 16, 8, 8]`, as the encoder gives them."""
-    return torch.cat([model.encode(x.float() / 127.5 - 1).latent_dist.mode() for x in pixels.split(64)])
+    """uint8 `[N, 3, 64, 64]` to latents `[N, 16, 8, 8]`, as the encoder gives them, on its device."""
+    chunks = (x.to(model.device).float() / 127.5 - 1 for x in pixels.split(64))
+    return torch.cat([model.encode(x).latent_dist.mode() for x in chunks])
 
 
 def main() -> None:
@@ -105,6 +106,7 @@ def main() -> None:
     if args.decoder_only:
         model.encoder.requires_grad_(False)
         latents = latents_of(model, pixels)
+        most_noise = args.noise * latents.std()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], args.lr, betas=(0.9, 0.98))
     warmup = min(100, args.steps // 10)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -118,17 +120,16 @@ def main() -> None:
         rows = torch.multinomial(weights, args.batch, replacement=True, generator=generator)
         x = pixels[rows].float() / 127.5 - 1
         if args.decoder_only:
-            level = args.noise * latents.std() * torch.rand(args.batch, 1, 1, 1, generator=generator)
-            noise = torch.randn(latents[rows].shape, generator=generator)
-            rebuilt = model.decode(latents[rows] + level * noise).sample
-            loss = reconstruction_loss(rebuilt, x)
+            z = latents[rows]
+            level = most_noise * torch.rand(args.batch, 1, 1, 1, generator=generator)
+            rebuilt = model.decode(z + level * torch.randn(z.shape, generator=generator)).sample
             kl = torch.zeros(())
         else:
             x = torch.where(torch.rand(args.batch, 1, 1, 1, generator=generator) < 0.25, x.flip(3), x)
             posterior = model.encode(x).latent_dist
             rebuilt = model.decode(posterior.sample(generator)).sample
-            loss = reconstruction_loss(rebuilt, x)
             kl = posterior.kl().mean() / posterior.mean[0].numel()
+        loss = reconstruction_loss(rebuilt, x)
         (loss + KL_WEIGHT * kl).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

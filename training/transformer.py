@@ -28,6 +28,7 @@ from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
+from autoencoder import latents_of
 from captions import Captions, drawings
 from common import Batches, arguments, autocast, fit, prepare
 from tokenizer import MAX_LENGTH, train_tokenizer
@@ -165,11 +166,7 @@ def guided(teacher: TextToImage, latents: Tensor, t: Tensor, ids: Tensor, empty:
 @torch.no_grad()
 def encode_latents(vae: AutoencoderKL, pixels: Tensor, device: torch.device) -> Tensor:
     """uint8 `[N, 64, 64, 3]` to latents `[N, 16, 8, 8]`, scaled and shifted to zero mean and unit deviation."""
-    vae.to(device)
-    chunks = [
-        vae.encode(x.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1).latent_dist.mode() for x in pixels.split(64)
-    ]
-    latents = torch.cat(chunks)
+    latents = latents_of(vae.to(device), pixels.permute(0, 3, 1, 2))
     vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
     return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 

@@ -97,8 +97,10 @@ class PredictionEdits:
         conditional = [shown[list(samples.rows)] for samples in call.step.sets if samples.branch == "cond"]
         clock.conditional = conditional or clock.conditional
         unconditional = [samples.rows for samples in call.step.sets if samples.branch == "uncond"]
+        if not unconditional:
+            return prediction
         for intervention in guiding:
-            for rows, other in zip(unconditional, clock.conditional, strict=bool(unconditional)):
+            for rows, other in zip(unconditional, clock.conditional, strict=True):
                 old = shown[list(rows)][None]
                 shown[list(rows)] = intervention.edit(old, other[None], call.moment([rows]))[0]
         return self._with_image(prediction, shown)
