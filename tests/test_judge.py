@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from safetensors import safe_open
 
-from variegate.emoji.judge import Judge, Verdict
-from variegate.emoji.reference import Drawing, Reference
+from variegate.emoji import reference as reference_module
+from variegate.emoji.judge import Judge, Verdict, eyes
+from variegate.emoji.reference import FEATURES, Drawing, Reference
 from variegate.metrics import efficientnet_lite0, kid, mean_pairwise_distance, vendi_score
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +37,7 @@ def bundled():
 @pytest.fixture(scope="module")
 def small():
     """A judge that knows a ball and a box, each in two styles, and a tree in one."""
-    extract = efficientnet_lite0()
+    extract = eyes()
     drawings = (
         Drawing("red ball", "paint", "toy", "red ball"),
         Drawing("red ball", "ink", "toy", "ball"),
@@ -120,6 +122,21 @@ def test_the_bundled_reference_is_that_of_the_domain(bundled, monkeypatch):
     for row, drawing in enumerate(bundled.drawings):
         item = captions.Drawing(row, drawing.label, drawing.style, drawing.subgroup, tags=())
         assert drawing.subject == captions.subject_of(item)
+
+
+def test_the_bundled_features_are_what_the_eyes_see():
+    with safe_open(Path(reference_module.__file__).parent / FEATURES, "pt") as file:
+        assert file.metadata() == {"made of": str(eyes().features)}
+    assert Judge.load().extract is eyes()
+
+
+def test_the_eyes_do_not_see_what_is_finer_than_strokes():
+    plain = picture("ball", "red")
+    values = np.asarray(plain).astype(int)
+    odd = np.indices(values.shape[:2]).sum(axis=0)[:, :, None] % 2
+    chequered = Image.fromarray((values + 40 * odd - 40 * (values > 0) * odd * 2).clip(0, 255).astype(np.uint8))
+    near, far = (float(a @ b) for a, b in (e([plain, chequered]) for e in (eyes(), efficientnet_lite0())))
+    assert near > 0.95 > 0.8 > far
 
 
 def test_every_caption_but_tags_has_its_truth(bundled):

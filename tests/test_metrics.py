@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 from torch import nn
 
 from variegate.metrics import efficientnet_lite0, kid, mean_pairwise_distance, vendi_score
+from variegate.metrics.extractors import blurred
 
 ROOT = Path(__file__).parents[1]
 
@@ -159,6 +161,20 @@ def test_large_pictures_are_shrunk_without_aliasing(extract):
 def test_extractors_refuse_other_tensors(extract, images):
     with pytest.raises(ValueError, match=r"use a float tensor \[N, 3, H, W\]"):
         extract(images)
+
+
+def test_the_blur_is_that_of_scipy():
+    images = noise(2, 3, 30, 40)
+    expected = gaussian_filter(images.double(), (0, 0, 1.7, 1.7), mode="nearest", truncate=3)
+    torch.testing.assert_close(blurred(images, 1.7).double(), torch.from_numpy(expected), atol=1e-5, rtol=0)
+
+
+def test_blurred_features_are_those_of_blurred_pictures(extract):
+    images = noise(2, 3, 128, 128).tanh()
+    torch.testing.assert_close(efficientnet_lite0(blur=2)(images), extract(blurred(images, 2)))
+    assert str(efficientnet_lite0(blur=2).features) != str(extract.features)
+    with pytest.raises(ValueError, match="blur=-1 is no deviation"):
+        efficientnet_lite0(blur=-1)
 
 
 def test_extractors_refuse_no_images(extract):

@@ -2,29 +2,36 @@
 
     python training/judge_check.py --data data/emoji64.npz
 
-Prints the table of docs/judge.md, and the pairs of emoji that a style draws almost alike. Takes two minutes
-on one CPU core; `--every 1` takes all drawings for the renderings instead of a part.
+Prints the table of docs/judge.md, and the pairs of emoji that a style draws almost alike. Takes three minutes
+on one CPU core; `--every 1` takes all drawings for the renderings instead of a part, `--blur` other eyes.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageFilter
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from autoencoder import latents_of
 from captions import drawings
 from domain import GENERIC, LICENSED_STYLES, STYLES
-from variegate.emoji.judge import Judge
+from variegate.emoji.judge import BLUR, Judge
+from variegate.emoji.models import bundled_models
+from variegate.metrics import efficientnet_lite0
 
 OUTSIDE = [style for style in LICENSED_STYLES if style not in STYLES]
+NOISES = (0.0, 0.25, 0.5)  # in latents, as shares of their deviation; a sampler's are about the second off
 STRANGERS = 300  # pictures of no emoji of the domain, for each line of them
 ALIKE = 0.98
 
@@ -74,6 +81,20 @@ RENDERINGS: dict[str, Callable[[Image.Image], Image.Image]] = {
 }
 
 
+@torch.no_grad()
+def decoded(pictures: Sequence[Image.Image], noise: float) -> list[Image.Image]:
+    """The drawings, through emoji-base's autoencoder, with noise of so many deviations in their latents."""
+    vae = AutoencoderKL.from_pretrained(bundled_models()["emoji-base"] / "vae", torch_dtype=torch.float32)
+    latents = latents_of(vae, torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2))
+    generator = torch.Generator().manual_seed(0)
+    latents += noise / vae.config.scaling_factor * torch.randn(latents.shape, generator=generator)
+    return [
+        image
+        for part in latents.split(64)
+        for image in VaeImageProcessor().postprocess(vae.decode(part, return_dict=False)[0])
+    ]
+
+
 class Check:
     """The judge, its reference as arrays, and one line of the table at a time."""
 
@@ -117,19 +138,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="emoji64.npz")
     parser.add_argument("--every", type=int, default=4, help="change and judge every n-th drawing")
+    parser.add_argument("--blur", type=float, default=BLUR, help="of the eyes, in pixels of the 128 they see")
     args = parser.parse_args()
     with np.load(args.data) as archive:
         data = {name: archive[name] for name in archive}
-    check = Check(Judge.load())
     rows = [item.row for item in drawings(data)]
     pictures = {row: Image.fromarray(data["images"][row]) for row in range(len(data["images"]))}
+    judge = Judge.load()
+    if args.blur != BLUR:
+        extract = efficientnet_lite0(blur=args.blur)
+        features = extract([pictures[row] for row in rows])
+        judge = Judge(dataclasses.replace(judge.reference, features=features), extract)
+    check = Check(judge)
 
     print("| pictures | number | label | style | generic phrase | similarity |")
     print("|---|---|---|---|---|---|")
-    for name, change in RENDERINGS.items():
-        features = check.extract(name, [change(pictures[row]) for row in rows[:: args.every]])
-        labels, styles = check.labels[:: args.every], check.styles[:: args.every]
-        check.line(name, check.similarity(features), labels, styles)
+    part = [pictures[row] for row in rows[:: args.every]]
+    changed = {name: [change(picture) for picture in part] for name, change in RENDERINGS.items()}
+    changed |= {f"through the autoencoder, noise {noise:g}": decoded(part, noise) for noise in NOISES}
+    for name, images in changed.items():
+        similarity = check.similarity(check.extract(name, images))
+        check.line(name, similarity, check.labels[:: args.every], check.styles[:: args.every])
 
     among = check.similarity(check.judge.reference.features)
     check.line("the drawing itself left out", among.clone().fill_diagonal_(-1), check.labels, check.styles)

@@ -4,7 +4,7 @@
 
 Reads the data set of `training/dataset.py`, and writes `reference.safetensors` and `reference.json` into
 `variegate.emoji`. Takes half a minute on one CPU core. Run it again whenever the domain, its captions or the
-judge's network change.
+judge's eyes change.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from safetensors.torch import save
 from captions import drawings, subject_of
 from domain import GENERIC, STYLES
 from variegate.emoji import reference
+from variegate.emoji.judge import eyes
 from variegate.files import replacing
-from variegate.metrics import efficientnet_lite0
 
 CHUNK = 64
 
@@ -37,7 +37,7 @@ def main() -> None:
     with np.load(args.data) as archive:
         items = drawings({name: archive[name] for name in ("label", "style", "subgroup", "tags")})
         images = torch.from_numpy(archive["images"][[item.row for item in items]]).permute(0, 3, 1, 2)
-    extract = efficientnet_lite0()
+    extract = eyes()
     features = torch.cat([extract(x / 127.5 - 1) for x in track(images.split(CHUNK), description="features")])
 
     rows = [json.dumps([item.label, item.style, item.subgroup, subject_of(item)]) for item in items]
@@ -46,7 +46,7 @@ def main() -> None:
         + '"drawings": [\n' + ",\n".join(rows) + "\n]}\n"
     )  # fmt: skip
     contents = {
-        reference.FEATURES: save({"features": features.half()}),
+        reference.FEATURES: save({"features": features.half()}, {"made of": str(extract.features)}),
         reference.TABLE: table.encode(),
     }
     for name, content in contents.items():

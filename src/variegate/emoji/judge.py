@@ -1,6 +1,7 @@
 """The judge of emoji pictures: which real drawing does each show, and is it what the prompt asked for?
 
-Its eyes are a network trained on photographs, never the generator's own. Its error: docs/judge.md.
+Its eyes are a network trained on photographs, never the generator's own, and see nothing finer than strokes: what
+a decoder does to texture is not what a picture shows. Its error: docs/judge.md.
 """
 
 from __future__ import annotations
@@ -13,10 +14,18 @@ import torch
 from torch import Tensor
 
 from variegate.emoji.reference import Reference
-from variegate.metrics import Extractor, efficientnet_lite0, kid, mean_pairwise_distance, vendi_score
+from variegate.metrics import Extractor, Network, efficientnet_lite0, kid, mean_pairwise_distance, vendi_score
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+BLUR = 3.0  # deviation in pixels of the 128 that the network sees: 1.5 of a picture's 64
+
+
+def eyes(device: str | torch.device = "cpu") -> Network:
+    """What the judge sees of images, and saw of the drawings of its bundled reference."""
+    return efficientnet_lite0(blur=BLUR, device=device)
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,7 @@ class Judge:
     @classmethod
     def load(cls, *, device: str | torch.device = "cpu") -> Judge:
         """The judge in the package, with its network and its reference on `device`."""
-        return cls(Reference.load(device=device), efficientnet_lite0(device=device))
+        return cls(Reference.load(device=device), eyes(device))
 
     def __call__(self, images: Sequence[Image] | Tensor) -> list[Verdict]:
         """The nearest real drawing of each image, in order."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, pad
+from torch.nn.functional import conv2d, interpolate, pad
 
 from variegate.metrics.features import Features, Network, to_tensors
 
@@ -89,8 +89,17 @@ class EfficientNetLite0(nn.Module):
         return y.mean(dim=(2, 3))
 
 
+def blurred(images: Tensor, deviation: float) -> Tensor:
+    """Images `[N, C, H, W]` convolved with a Gaussian of some pixels' deviation; the border goes on outside."""
+    reach = int(3 * deviation + 0.5)
+    taps = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=images.device) / deviation) ** 2)
+    taps /= taps.sum()
+    x = pad(images, (reach,) * 4, mode="replicate").flatten(0, 1)[:, None]
+    return conv2d(conv2d(x, taps[None, None, None]), taps[None, None, :, None]).reshape(images.shape)
+
+
 @functools.cache  # everything that measures asks for it, once for every group
-def efficientnet_lite0(*, device: str | torch.device = "cpu", batch_size: int = 64) -> Network:
+def efficientnet_lite0(*, blur: float = 0, device: str | torch.device = "cpu", batch_size: int = 64) -> Network:
     """Extractor of ImageNet features, small enough to be part of the package.
 
     The network is EfficientNet-Lite0 with weights trained on ImageNet; the features are its last layer,
@@ -98,11 +107,16 @@ def efficientnet_lite0(*, device: str | torch.device = "cpu", batch_size: int = 
     ratio), and 8-bit values v become (v - 127) / 128, as in its training.
 
     Args:
+        blur: standard deviation of a Gaussian blur of the resized images, in their pixels: what is finer is not
+            seen. 0: none.
         device: where the network runs and the features stay.
         batch_size: images in one pass of the network.
 
     Returns:
         A function of images to features `[N, 1280]`.
+
+    Raises:
+        ValueError: if `blur` is negative.
 
     Example:
         >>> from PIL import Image
@@ -113,6 +127,8 @@ def efficientnet_lite0(*, device: str | torch.device = "cpu", batch_size: int = 
     """
     from safetensors.torch import load
 
+    if not blur >= 0:
+        raise ValueError(f"blur={blur} is no deviation; use 0 for none, or some pixels.")
     weights = load(resources.files(__package__).joinpath(WEIGHTS).read_bytes())
     # On the meta device nothing is initialised, so that the global random state stays as it was.
     with torch.device("meta"):
@@ -121,8 +137,10 @@ def efficientnet_lite0(*, device: str | torch.device = "cpu", batch_size: int = 
 
     def forward(images: Sequence[Image] | Tensor) -> Tensor:
         resized = [interpolate(x, size=(SIZE, SIZE), mode="bilinear", antialias=True) for x in to_tensors(images)]
-        features: Tensor = network((127.5 * torch.cat(resized).to(device) + 0.5) / 128)
+        x = torch.cat(resized).to(device)
+        features: Tensor = network((127.5 * (blurred(x, blur) if blur else x) + 0.5) / 128)
         return features
 
-    seen = Features("efficientnet-lite0", f"{SIZE} x {SIZE} bilinear antialiased", "(v - 127) / 128")
+    resize = f"{SIZE} x {SIZE} bilinear antialiased" + (f", blurred by {blur:g} px" if blur else "")
+    seen = Features("efficientnet-lite0", resize, "(v - 127) / 128")
     return Network(seen, forward, batch_size)
