@@ -82,17 +82,19 @@ RENDERINGS: dict[str, Callable[[Image.Image], Image.Image]] = {
 
 
 @torch.no_grad()
-def decoded(pictures: Sequence[Image.Image], noise: float) -> list[Image.Image]:
-    """The drawings, through emoji-base's autoencoder, with noise of so many deviations in their latents."""
+def decoded(pictures: Sequence[Image.Image]) -> dict[float, list[Image.Image]]:
+    """The drawings, through emoji-base's autoencoder, by the noise in their latents."""
     vae = AutoencoderKL.from_pretrained(bundled_models()["emoji-base"] / "vae", torch_dtype=torch.float32)
     latents = latents_of(vae, torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2))
-    generator = torch.Generator().manual_seed(0)
-    latents += noise / vae.config.scaling_factor * torch.randn(latents.shape, generator=generator)
-    return [
-        image
-        for part in latents.split(64)
-        for image in VaeImageProcessor().postprocess(vae.decode(part, return_dict=False)[0])
-    ]
+    unit = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)) / vae.config.scaling_factor
+    return {
+        noise: [
+            image
+            for some in (latents + noise * unit).split(64)
+            for image in VaeImageProcessor().postprocess(vae.decode(some, return_dict=False)[0])
+        ]
+        for noise in NOISES
+    }
 
 
 class Check:
@@ -155,7 +157,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     part = [pictures[row] for row in rows[:: args.every]]
     changed = {name: [change(picture) for picture in part] for name, change in RENDERINGS.items()}
-    changed |= {f"through the autoencoder, noise {noise:g}": decoded(part, noise) for noise in NOISES}
+    changed |= {f"through the autoencoder, noise {noise:g}": images for noise, images in decoded(part).items()}
     for name, images in changed.items():
         similarity = check.similarity(check.extract(name, images))
         check.line(name, similarity, check.labels[:: args.every], check.styles[:: args.every])
