@@ -271,7 +271,7 @@ def test_models_lists_what_is_bundled():
 def test_methods_lists_them_with_their_parameters():
     lines = run("methods").stdout.splitlines()
     assert "contextual-repulsion: Push the images of one prompt apart in the contextual space" in lines[0]
-    assert "    strength=1.0" in lines
+    assert "    strength=0.6" in lines
     assert any(line.startswith("cads: ") for line in lines)
     assert lines[lines.index("    candidates=64") - 1].startswith("sgi: Choose among many seeds")
 

@@ -54,9 +54,9 @@ class ContextualRepulsion(TokenIntervention):
         (50, 1, 'all')
     """
 
-    strength: float = 1.0
-    start: int | float = 0.05
-    stop: int | float | None = 0.3
+    strength: float = 0.6
+    start: int | float = 0
+    stop: int | float | None = 0.2
     eta: float | None = None
     blocks: str | slice | Sequence[int] = "first"
     inner_steps: int = 5
