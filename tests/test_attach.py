@@ -357,8 +357,8 @@ def test_a_bare_transformer_counts_steps(pipe):
             run(pipe)  # the next run starts over
         assert torch.equal(run(pipe), through_pipeline)
     with (
-        attach(pipe.transformer, ContextualRepulsion(stop=0.5)),
-        pytest.raises(ValueError, match=r"stop=0.5 can't be found in a run"),
+        attach(pipe.transformer, ContextualRepulsion(start=0.05, stop=0.5)),
+        pytest.raises(ValueError, match=r"start=0.05 and stop=0.5 can't be found in a run"),
     ):
         run(pipe)
 

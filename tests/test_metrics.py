@@ -13,7 +13,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from torch import nn
 
-from variegate.metrics import efficientnet_lite0, kid, mean_pairwise_distance, vendi_score
+from variegate.metrics import efficientnet_lite0, extractors, kid, mean_pairwise_distance, vendi_score
 from variegate.metrics.extractors import blurred
 
 ROOT = Path(__file__).parents[1]
@@ -185,6 +185,7 @@ def test_extractors_refuse_no_images(extract):
 def test_loading_leaves_the_random_state_alone():
     before = torch.get_rng_state()
     efficientnet_lite0.cache_clear()
+    extractors._network.cache_clear()
     efficientnet_lite0()
     assert torch.equal(torch.get_rng_state(), before)
 

@@ -98,6 +98,18 @@ def blurred(images: Tensor, deviation: float) -> Tensor:
     return conv2d(conv2d(x, taps[None, None, None]), taps[None, None, :, None]).reshape(images.shape)
 
 
+@functools.cache  # one for all extractors, whatever they blur
+def _network(device: str | torch.device) -> EfficientNetLite0:
+    from safetensors.torch import load
+
+    weights = load(resources.files(__package__).joinpath(WEIGHTS).read_bytes())
+    # On the meta device nothing is initialised, so that the global random state stays as it was.
+    with torch.device("meta"):
+        network = EfficientNetLite0()
+    network.load_state_dict({name: w.to(device, torch.float32) for name, w in weights.items()}, assign=True)
+    return network
+
+
 @functools.cache  # everything that measures asks for it, once for every group
 def efficientnet_lite0(*, blur: float = 0, device: str | torch.device = "cpu", batch_size: int = 64) -> Network:
     """Extractor of ImageNet features, small enough to be part of the package.
@@ -125,15 +137,9 @@ def efficientnet_lite0(*, blur: float = 0, device: str | torch.device = "cpu", b
         >>> red.shape, bool(red @ green < 0.9)
         (torch.Size([1280]), True)
     """
-    from safetensors.torch import load
-
     if not blur >= 0:
         raise ValueError(f"blur={blur} is no deviation; use 0 for none, or some pixels.")
-    weights = load(resources.files(__package__).joinpath(WEIGHTS).read_bytes())
-    # On the meta device nothing is initialised, so that the global random state stays as it was.
-    with torch.device("meta"):
-        network = EfficientNetLite0()
-    network.load_state_dict({name: w.to(device, torch.float32) for name, w in weights.items()}, assign=True)
+    network = _network(device)
 
     def forward(images: Sequence[Image] | Tensor) -> Tensor:
         resized = [interpolate(x, size=(SIZE, SIZE), mode="bilinear", antialias=True) for x in to_tensors(images)]
