@@ -125,3 +125,12 @@ def test_batches_depend_on_nothing_but_seed_and_step():
     assert torch.equal(one[3][0], one[3][0])
     assert not torch.equal(one[3][0], one[4][0])
     assert not torch.equal(one[3][0], other[3][0])
+
+
+def test_what_a_student_has_learnt_is_carried_over_to_a_new_teacher():
+    carry_over = importlib.import_module("carry_over").carry_over
+    old, student, teacher = (nn.Linear(2, 2) for _ in range(3))
+    expected = teacher.weight + student.weight - old.weight
+    carry_over(teacher, student, old)
+    torch.testing.assert_close(teacher.weight, expected)
+    assert (student.weight - old.weight).abs().max() > 0.01  # so the teacher has moved
