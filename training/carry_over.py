@@ -1,6 +1,6 @@
 """Start a distilled model anew from a better teacher: the new teacher's weights, and what distillation had changed.
 
-    python training/carry_over.py --old runs/src/variegate/emoji/emoji-base --out runs/turbo-init
+    python training/carry_over.py --old runs/old/emoji-base --student runs/old/emoji-turbo --out runs/turbo-init
     python training/turbo.py --data data/emoji64.npz --out runs/turbo --init runs/turbo-init --steps 1200 --lr 4e-4
 
 The old teacher is the one that the student learnt from, from whose weights it started. What training adds to weights
@@ -31,7 +31,7 @@ def main() -> None:
     """Write a pipeline that `--init` of turbo.py takes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--old", type=Path, required=True, help="folder of the teacher that the student learnt from")
-    parser.add_argument("--student", type=Path, default=Path("src/variegate/emoji/emoji-turbo"))
+    parser.add_argument("--student", type=Path, required=True, help="folder of what it learnt")
     parser.add_argument("--teacher", type=Path, default=Path("src/variegate/emoji/emoji-base"), help="the new one")
     parser.add_argument("--out", type=Path, required=True, help="folder of the pipeline")
     args = parser.parse_args()
