@@ -14,10 +14,8 @@ import argparse
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel
 from torch import nn
-
-PARTS = ("transformer", "text_encoder", "text_encoder_2")
 
 
 @torch.no_grad()
@@ -28,19 +26,20 @@ def carry_over(teacher: nn.Module, student: nn.Module, old: nn.Module) -> None:
 
 
 def main() -> None:
-    """Write a pipeline that `--init` of turbo.py takes."""
+    """Write the transformer that `--init` of turbo.py starts from."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--old", type=Path, required=True, help="folder of the teacher that the student learnt from")
     parser.add_argument("--student", type=Path, required=True, help="folder of what it learnt")
     parser.add_argument("--teacher", type=Path, default=Path("src/variegate/emoji/emoji-base"), help="the new one")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the pipeline")
+    parser.add_argument("--out", type=Path, required=True, help="folder that holds its transformer")
     args = parser.parse_args()
 
-    teacher, student, old = map(StableDiffusion3Pipeline.from_pretrained, (args.teacher, args.student, args.old))
-    for part in PARTS:
-        carry_over(getattr(teacher, part), getattr(student, part), getattr(old, part))
-    teacher.scheduler = student.scheduler
-    teacher.save_pretrained(args.out)
+    teacher, student, old = (
+        SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer")
+        for folder in (args.teacher, args.student, args.old)
+    )
+    carry_over(teacher, student, old)
+    teacher.save_pretrained(args.out / "transformer")
 
 
 if __name__ == "__main__":

@@ -113,9 +113,10 @@ def load_weights(folder: Path, tokenizer: CLIPTokenizer) -> TextToImage:
     return model
 
 
-def load_parts(model: nn.Module, folder: Path) -> None:
-    """The weights of a pipeline's folder into the parts of a model that have its names."""
-    for name, part in model.named_children():
+def load_parts(model: nn.Module, folder: Path, *names: str) -> None:
+    """The weights of a pipeline's folder into these parts of a model; without names, into all that it has."""
+    for name in names or dict(model.named_children()):
+        part = model.get_submodule(name)
         part.load_state_dict(type(part).from_pretrained(folder / name).state_dict())
 
 

@@ -27,7 +27,7 @@ from transformers import CLIPTokenizer
 from captions import Captions, drawings
 from common import Batches, arguments, autocast, fit, prepare
 from tokenizer import MAX_LENGTH, ids_of
-from transformer import MaskedAttention, TextToImage, guided, load_weights
+from transformer import MaskedAttention, TextToImage, guided, load_parts, load_weights
 
 NODES = 4  # steps of the student
 SUBSTEPS = 5  # steps of the teacher between two of the student's
@@ -81,9 +81,10 @@ def main() -> None:
     prepare(args)
     captions = Captions(drawings(np.load(args.data)))
     tokenizer = CLIPTokenizer.from_pretrained(args.teacher / "tokenizer")
-    teacher, student = (load_weights(folder, tokenizer) for folder in (args.teacher, args.init or args.teacher))
-    for model in (teacher, student):
-        model.requires_grad_(False).to(args.device)
+    teacher = load_weights(args.teacher, tokenizer).requires_grad_(False).to(args.device)
+    student = copy.deepcopy(teacher)  # its text encoders stay the teacher's
+    if args.init:
+        load_parts(student, args.init, "transformer")
     student.transformer.set_attn_processor(MaskedAttention())
     ema = copy.deepcopy(student.transformer)
     student.transformer.requires_grad_(True)
