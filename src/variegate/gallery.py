@@ -17,6 +17,11 @@ from PIL.PngImagePlugin import PngInfo
 
 METADATA_KEY = "variegate"
 
+
+class NoRecipeError(ValueError):
+    """A picture that variegate did not make, or whose metadata is gone."""
+
+
 MARGIN, GAP = 32, 10
 SMALL, LARGE = 128, 256  # side of a picture on the sheet: of small models' pictures, of all others
 COLUMNS = 8
@@ -152,7 +157,8 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     """The recipe in a picture's metadata.
 
     Raises:
-        ValueError: if the file is no picture, or has no recipe.
+        NoRecipeError: if it has none.
+        ValueError: if the file is no picture.
     """
     try:
         with Image.open(path) as image:
@@ -163,7 +169,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         recipe = json.loads(text or "")
         recipe["prompt"], recipe["index"]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(
+        raise NoRecipeError(
             f"{path} has no variegate recipe in its metadata; use a PNG as `variegate generate` wrote it."
         ) from None
     return dict(recipe)
