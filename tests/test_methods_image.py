@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import pytest
 import torch
@@ -160,6 +161,7 @@ class Inner(ImageIntervention):
     """Keeps what a block makes of doubled image tokens, and of those it had."""
 
     seen: list = field(default_factory=list, compare=False)
+    observes: ClassVar[bool] = True
 
     def edit(self, tokens, block):
         self.seen.append((tokens, block.rerun(2 * tokens)))

@@ -411,7 +411,8 @@ def test_padding_is_no_part_of_a_prompt():
 
 def test_methods_do_not_share_a_memory(pipe):
     with attach(pipe, METHODS["sparke"], METHODS["spell"]) as attachment:
-        run(pipe, n=2)
+        with pytest.warns(UserWarning, match="SPELL changed nothing: no two images came within radius=2.0"):
+            run(pipe, n=2)
         assert len(attachment._plans[0]._call.clock.memory) == 2
 
 

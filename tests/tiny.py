@@ -6,7 +6,7 @@ import dataclasses
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import (
@@ -44,6 +44,7 @@ class Recorder(TokenIntervention):
     """Keeps what it is given; changes nothing."""
 
     seen: list[torch.Tensor] = field(default_factory=list, compare=False)
+    observes: ClassVar[bool] = True
 
     def edit(self, tokens):
         self.seen.append(tokens.clone())

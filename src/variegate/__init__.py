@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from variegate.architectures import register_architecture as register_architecture
     from variegate.attachment import Attachment as Attachment
     from variegate.attachment import attach as attach
+    from variegate.attachment import detach as detach
     from variegate.check import check_layout as check_layout
     from variegate.gallery import Gallery as Gallery
     from variegate.generation import generate as generate
@@ -54,6 +55,7 @@ _EXPORTS = {
     "Architecture": "variegate.architectures",
     "Attachment": "variegate.attachment",
     "attach": "variegate.attachment",
+    "detach": "variegate.attachment",
     "check_layout": "variegate.check",
     "Blocks": "variegate.architectures",
     "CADS": "variegate.interventions",

@@ -49,13 +49,30 @@ class DenoiserCall:
         self.architecture = architecture or architecture_of(denoiser)
         self.interventions = tuple(interventions)
         self.arguments: Call = {}
+        self._given: Any = None
         self._parameters = list(inspect.signature(type(denoiser).forward).parameters)
         self._step: Step | None = None
 
+    def note_prompts(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Take note of the prompts of a call before any attachment edits them: they tell which rows belong together."""
+        self._given = self._named(args, kwargs)[self.architecture.text]
+
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Take note of a call that is about to run."""
-        self.arguments = {**dict(zip(self._parameters, (self.denoiser, *args), strict=False)), **kwargs}
-        self._step = self.clock.tick(self.architecture, self.arguments, self._awake)
+        self.arguments = self._named(args, kwargs)
+        given, self._given = self._given, None
+        self._step = self.clock.tick(self.architecture, self.arguments, given, self._awake)
+
+    def _named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+        """Arguments by name; embeddings of a single row, which all images share, as a row for each of them."""
+        named = {**dict(zip(self._parameters, (self.denoiser, *args), strict=False)), **kwargs}
+        rows = len(named[self.architecture.latents])
+        for name in (self.architecture.text, *POOLED):
+            embeddings = named.get(name)
+            if embeddings is not None and len(embeddings) == 1 < rows:
+                shared = isinstance(embeddings, Tensor)
+                named[name] = embeddings.expand(rows, *embeddings.shape[1:]) if shared else [*embeddings] * rows
+        return named
 
     def _awake(self, step: Step) -> bool:
         return any(intervention.awake(step) for intervention in self.interventions)

@@ -56,6 +56,7 @@ class LayoutReport:
 class _Probe(TokenIntervention):
     function: Edit
     skips_last: ClassVar[bool] = False
+    observes: ClassVar[bool] = True
 
     def edit(self, tokens: Tensor) -> Tensor:
         return self.function(tokens)

@@ -58,12 +58,13 @@ class Clock:
         self.conditional: list[Tensor] = []
         self.offsets: dict[tuple[int, tuple[int, ...]], Tensor] = {}
 
-    def tick(self, architecture: Architecture, call: Call, awake: Callable[[Step], bool]) -> Step:
+    def tick(self, architecture: Architecture, call: Call, text: Rows, awake: Callable[[Step], bool]) -> Step:
         """The step of a call about to run.
 
         Args:
             architecture: of the denoiser that is called.
             call: the denoiser's arguments by name.
+            text: the prompts' embeddings as the pipeline gave them, before anybody edited them.
             awake: whether anything happens in a step. If not, all but the first come without sets and noise: to compare
                 the rows of a batch makes a GPU wait.
 
@@ -88,7 +89,7 @@ class Clock:
             return step
         return replace(
             step,
-            sets=self._sets(architecture, latents, call[architecture.text]),
+            sets=self._sets(architecture, latents, text),
             noise=self._noise(now),
             next_noise=self._next_noise(),
             prediction_type=self._prediction_type(),

@@ -4,17 +4,19 @@ No `from __future__ import annotations` here: torch reads the operator's signatu
 """
 
 import itertools
+import weakref
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-_EDITS: dict[int, Callable[[Tensor], Tensor]] = {}
+# Weakly: hooks hold their edits, and both end with the module they are on.
+_EDITS: weakref.WeakValueDictionary[int, Callable[[Tensor], Tensor]] = weakref.WeakValueDictionary()
 _KEYS = itertools.count()
 
 
 def register(edit: Callable[[Tensor], Tensor]) -> int:
-    """Give an edit a key by which a compiled graph finds it."""
+    """Give an edit, which the caller keeps, a key by which a compiled graph finds it."""
     key = next(_KEYS)
     _EDITS[key] = edit
     return key

@@ -39,6 +39,7 @@ class Intervention(ABC):  # noqa: B024, what it edits is up to the classes below
     branch: Literal["both", "cond", "uncond"] = "both"
 
     needs_company: ClassVar[bool] = True  # a set of one is left alone
+    observes: ClassVar[bool] = False  # it only looks: that it changes nothing is no fault to tell of
 
     def __post_init__(self) -> None:
         if self.branch not in ("both", "cond", "uncond"):
@@ -100,6 +101,10 @@ class Intervention(ABC):  # noqa: B024, what it edits is up to the classes below
     def awake(self, step: Step) -> bool:
         """Whether it acts in this step or takes note of it; where none does, nobody asks what the rows are."""
         return self.active(step)
+
+    def idle(self) -> str:
+        """Why a run in which it was given something to edit stayed as it was, as far as its settings tell."""
+        return "with these settings the images stay as they are"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from variegate.effects import Effects
 from variegate.intervention import (
     ImageIntervention,
     Intervention,
@@ -18,6 +19,7 @@ from variegate.intervention import (
     PreviewIntervention,
     StartIntervention,
 )
+from variegate.pipeline_calls import Shadow
 
 
 class Start:
@@ -30,6 +32,7 @@ class Start:
     Args:
         pipeline: a diffusers pipeline; None for a bare denoiser.
         interventions: those that are attached.
+        effects: what they have done.
 
     Attributes:
         size: height and width of the pictures, in pixels; None where that is not known, and for videos.
@@ -40,7 +43,8 @@ class Start:
         ValueError: if an intervention edits noise, and there is none or it can't be told.
     """
 
-    def __init__(self, pipeline: Any | None, interventions: Sequence[Intervention]) -> None:
+    def __init__(self, pipeline: Any | None, interventions: Sequence[Intervention], effects: Effects) -> None:
+        self._effects = effects
         self.size: tuple[int, int] | None = None
         self.latents: Tensor | None = None
         self.edits = [i for i in interventions if isinstance(i, NoiseIntervention)]
@@ -82,14 +86,16 @@ class Start:
         if self.edits:
             noise, pack = unpack(latents, given)
             for intervention in self.edits:
-                noise = intervention.edit(noise)
+                edited = intervention.edit(noise)
+                self._effects.note(intervention, noise, edited)
+                noise = edited
             latents = pack(noise)
         if self.previews:
             self.latents = latents = latents.clone()  # they may be the caller's
         return latents
 
 
-class _Draw:
+class _Draw(Shadow):
     """In place of a pipeline's `prepare_latents`: one for all attachments, so that these may go in any order."""
 
     def __init__(self, pipeline: Any) -> None:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from variegate.architectures import Architecture
 from variegate.call import POOLED, DenoiserCall
 from variegate.clock import Clock
+from variegate.effects import Effects
 from variegate.intervention import ConditionIntervention, Intervention, PreviewIntervention
 from variegate.noise import Start
 from variegate.prediction_edits import PredictionEdits
-from variegate.token_edits import TokenEdits
+from variegate.token_edits import TokenEdits, blocks_of
 
 
 class Plan:
@@ -28,7 +29,10 @@ class Plan:
         clock: shared by the denoisers of a pipeline.
         start: what the pipeline starts from, likewise.
         seed: of random numbers.
+        effects: what the interventions have done.
         warn: what to do with a warning.
+        here: whether the denoiser is called for the target of the attachment.
+        stray: what to do where it is not.
 
     Raises:
         ValueError: if the class is unknown, or lacks the site or the blocks that an intervention asks for.
@@ -42,14 +46,22 @@ class Plan:
         clock: Clock,
         start: Start,
         seed: int,
+        effects: Effects,
         warn: Callable[[str], None],
+        here: Callable[[], bool],
+        stray: Callable[[nn.Module], None],
     ) -> None:
-        self.outer, self._start, self._warn = outer, start, warn
+        self.outer, self._start, self._effects, self._warn = outer, start, effects, warn
+        self._here, self._stray = here, stray
         denoiser: nn.Module = getattr(outer, "_orig_mod", outer)  # torch.compile(model) wraps it
         _refuse_split_tokens(denoiser)
         self._call = DenoiserCall(denoiser, architecture, interventions, clock, seed)
-        self.tokens = TokenEdits(self._call, start)
-        self.predictions = PredictionEdits(self._call)
+        self.tokens = TokenEdits(self._call, start, effects, here)
+        self.predictions = PredictionEdits(self._call, effects)
+
+    def fits(self, outer: nn.Module) -> bool:
+        """Whether its hooks are where a denoiser runs: it is the same one, with the same blocks."""
+        return outer is self.outer and self.tokens.blocks == blocks_of(self._call)
 
     def is_compiled(self) -> bool:
         """Whether the denoiser or one of its modules is compiled."""
@@ -60,21 +72,31 @@ class Plan:
         )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch does not annotate it
+    def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before any attachment edits what the denoiser is given."""
+        if self._here():
+            self._call.note_prompts(args, kwargs)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch does not annotate it
     def begin(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Before the denoiser runs: read the clock, find the places of the tokens, edit noise and condition."""
+        if not self._here():
+            self._stray(self.outer)
+            return None
         call = self._call
         _refuse_split_tokens(call.denoiser)
         call.read(args, kwargs)
+        self._effects.see(call.step, call.latents, call.clock.pipeline is None)
         self.tokens.begin()
-        if any(i.needs_company and i.active(call.step) for i in call.interventions) and all(
-            len(samples.rows) == 1 for samples in call.step.sets
-        ):
+        alone = [i for i in call.interventions if i.needs_company and i.active(call.step)]
+        if alone and all(len(samples.rows) == 1 for samples in call.step.sets):
             self._warn(
                 "Every prompt has a single image, so there is nothing to push it away from: the images are those of "
                 "the stock pipeline. Ask for more, e.g. num_images_per_prompt=4."
             )
+            self._effects.settle(*alone)
         for intervention in call.interventions if call.step.index == 0 else ():
             start, stop = intervention.window(call.step.total)
             if stop <= start:
@@ -83,12 +105,16 @@ class Plan:
                     f"stop={intervention.stop} of {call.step.total} steps leave none; give both as steps, or both as "
                     "fractions of the run."
                 )
+                self._effects.settle(intervention)
         changed = self._preview(args, kwargs) | self._conditions()
         return call.replaced(args, kwargs, changed) if changed else None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch does not annotate it
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """After the denoiser has run: edit its prediction."""
+        if not self._here():
+            return None
+        self._effects.completed = True
         return self.predictions(output)
 
     def _preview(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -128,8 +154,9 @@ class Plan:
             for intervention in previewing:
                 for rows in call.batches(intervention):
                     index = torch.tensor(rows, device=latents.device) % images
-                    noise = intervention.edit(new[index].float(), functools.partial(preview, rows))
-                    new[index] = noise.to(new.dtype)
+                    noise = intervention.edit(new[index].float(), functools.partial(preview, rows)).to(new.dtype)
+                    self._effects.note(intervention, new[index], noise)
+                    new[index] = noise
         latents.copy_(new)
         return {name: copies(new)}
 
@@ -144,7 +171,9 @@ class Plan:
                     new = list(given) if isinstance(given, list) else given.clone()
                     for rows in call.batches(intervention):
                         old = torch.stack([torch.stack([given[row] for row in samples]) for samples in rows])
-                        for samples, values in zip(rows, intervention.edit(old, call.moment(rows)), strict=True):
+                        edited = intervention.edit(old, call.moment(rows))
+                        self._effects.note(intervention, old, edited)
+                        for samples, values in zip(rows, edited, strict=True):
                             for row, value in zip(samples, values, strict=True):
                                 new[row] = value
                     changed[name] = new

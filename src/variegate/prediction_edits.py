@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from variegate.call import DenoiserCall
+from variegate.effects import Effects
 from variegate.intervention import GuidanceIntervention, PredictionIntervention
 
 
@@ -17,10 +18,11 @@ class PredictionEdits:
 
     Args:
         call: the denoiser's current call.
+        effects: what the interventions have done.
     """
 
-    def __init__(self, call: DenoiserCall) -> None:
-        self._call = call
+    def __init__(self, call: DenoiserCall, effects: Effects) -> None:
+        self._call, self._effects = call, effects
 
     def __bool__(self) -> bool:
         """Whether there are any."""
@@ -61,7 +63,10 @@ class PredictionEdits:
             return self._add(intervention, prediction, latents)
         for rows in self._call.batches(intervention):
             index, moment = torch.tensor(rows, device=prediction.device), self._call.moment(rows, intervention)
-            prediction[index] = intervention.edit(prediction[index], latents[index], moment)
+            old = prediction[index]
+            new = intervention.edit(old, latents[index], moment)
+            self._effects.note(intervention, old, new)
+            prediction[index] = new
         return prediction
 
     def _add(self, intervention: PredictionIntervention, prediction: Tensor, latents: Tensor) -> Tensor:
@@ -75,7 +80,12 @@ class PredictionEdits:
         for rows in call.batches(intervention, "cond"):
             index = torch.tensor(rows, device=prediction.device)
             old = _wide(shown[index])
-            added = intervention.edit(old, _wide(given[index]), call.moment(rows, intervention)) - old
+            moment = call.moment(rows, intervention)
+            if not moment.memory and all(len(group) == 1 for group in rows):
+                self._effects.settle(intervention)  # the first picture of a series has nothing to differ from
+            new = intervention.edit(old, _wide(given[index]), moment)
+            self._effects.note(intervention, old, new)
+            added = new - old
             for group, offset in zip(rows, added, strict=True):
                 offsets[key(group)] = offset
         for samples in call.step.sets:
@@ -102,7 +112,9 @@ class PredictionEdits:
         for intervention in guiding:
             for rows, other in zip(unconditional, clock.conditional, strict=True):
                 old = shown[list(rows)][None]
-                shown[list(rows)] = intervention.edit(old, other[None], call.moment([rows]))[0]
+                new = intervention.edit(old, other[None], call.moment([rows]))
+                self._effects.note(intervention, old, new)
+                shown[list(rows)] = new[0]
         return self._with_image(prediction, shown)
 
     def _image(self, values: Tensor) -> Tensor:

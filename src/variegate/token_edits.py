@@ -18,6 +18,7 @@ from variegate import compiled
 from variegate.architectures import Architecture, known_architectures
 from variegate.architectures.layout import Blocks, Locate, Part, Place
 from variegate.call import DenoiserCall
+from variegate.effects import Effects
 from variegate.intervention import SITES, BlockCall, BlockIntervention, ImageIntervention, Site
 from variegate.noise import Start
 
@@ -26,13 +27,22 @@ Rerun = Callable[[Tensor], Tensor]  # image tokens of all rows into a block, and
 
 
 class _Edit:
-    """One intervention at one module: what a hook reads, kept plain enough to be traced into a graph."""
+    """One intervention at one module: what a hook reads, kept plain enough to be traced into a graph.
 
-    def __init__(self, part: Part, intervention: BlockIntervention, apply: Callable[..., Tensor]) -> None:
-        self.part, self.intervention = part, intervention
+    Args:
+        part: where its tokens are in what the module returns.
+        whole: the intervention.
+        intervention: its share of this module.
+        apply: what edits the tokens of all rows.
+    """
+
+    def __init__(
+        self, part: Part, whole: BlockIntervention, intervention: BlockIntervention, apply: Callable[..., Tensor]
+    ) -> None:
+        self.part, self.whole, self.intervention = part, whole, intervention
         self.on = False
         self.place: Place = None
-        self.apply = functools.partial(apply, intervention)
+        self.apply = functools.partial(apply, self)
         self.key = compiled.register(self.apply)
 
     def __call__(self, output: Any, run: Callable[[_Edit, Tensor], Tensor]) -> Any:
@@ -53,31 +63,37 @@ class TokenEdits:
     Args:
         call: the denoiser's current call.
         start: what the pipeline starts from.
+        effects: what the interventions have done.
+        here: whether the denoiser is called for the target of the attachment.
+
+    Attributes:
+        blocks: of the denoiser, in order.
 
     Raises:
         ValueError: if the denoiser lacks the site or the blocks that an intervention asks for.
     """
 
-    def __init__(self, call: DenoiserCall, start: Start) -> None:
-        self._call, self._start = call, start
+    def __init__(self, call: DenoiserCall, start: Start, effects: Effects, here: Callable[[], bool]) -> None:
+        self._call, self._start, self._effects, self._here = call, start, effects, here
         self._real: Tensor | None = None
+        self._waits = False
         self._edits: list[_Edit] = []
         self._edits_of: dict[nn.Module, list[_Edit]] = defaultdict(list)
-        blocks = [(layout, block) for layout in call.architecture.blocks for block in layout.of(call.denoiser)]
+        self.blocks = blocks_of(call)
         for intervention in call.interventions:
             if not isinstance(intervention, BlockIntervention):
                 continue
-            _check_site(intervention.site, call.architecture, [layout for layout, _ in blocks])
-            chosen = intervention.select(len(blocks))
-            unread = len(blocks) - 1 if intervention.skips_last and _is_text(intervention.site) else None
+            _check_site(intervention.site, call.architecture, [layout for layout, _ in self.blocks])
+            chosen = intervention.select(len(self.blocks))
+            unread = len(self.blocks) - 1 if intervention.skips_last and _is_text(intervention.site) else None
             places = [
                 (part, block.get_submodule(part.module))
-                for index, (layout, block) in enumerate(blocks)
+                for index, (layout, block) in enumerate(self.blocks)
                 if (part := getattr(layout, intervention.site)) is not None and index in chosen and index != unread
             ]
             share = intervention.split(len(places)) if places else intervention
             for part, module in places:
-                self._edits.append(_Edit(part, share, self._apply))
+                self._edits.append(_Edit(part, intervention, share, self._apply))
                 self._edits_of[module].append(self._edits[-1])
 
     def hooks(self) -> list[tuple[nn.Module, Hook]]:
@@ -86,12 +102,20 @@ class TokenEdits:
         def hook_of(edits: list[_Edit]) -> Hook:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
                 for edit in edits:
-                    output = edit(output, functools.partial(self._rerun, module, args, kwargs))
+                    if not torch.compiler.is_compiling() and edit.on and _is_skipped(args, kwargs, output):
+                        self._effects.lose(edit.whole)
+                    else:
+                        output = edit(output, functools.partial(self._rerun, module, args, kwargs))
                 return output
 
             return hook
 
-        return [(module, hook_of(edits)) for module, edits in self._edits_of.items()]
+        def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if self._waits:
+                self._effects.read(not _is_skipped(args, kwargs, output))
+
+        found = [(module, hook_of(edits)) for module, edits in self._edits_of.items()]
+        return [*found, (self.blocks[-1][1], read)] if found else []
 
     def forget(self) -> None:
         """Drop the edits from the register of compiled graphs."""
@@ -109,6 +133,8 @@ class TokenEdits:
         mask_of = self._call.architecture.real
         masked = any(edit.on and not edit.intervention.padding for edit in self._edits)
         self._real = mask_of(self._call.arguments) if masked and mask_of is not None else None
+        # A cache that skips blocks skips the last one: text that has been edited is not read any more.
+        self._waits = bool(getattr(self._call.denoiser, "is_cache_enabled", False))
 
     @contextmanager
     def silent(self) -> Iterator[None]:
@@ -122,7 +148,15 @@ class TokenEdits:
             for edit in on:
                 edit.on = True
 
-    def _apply(self, intervention: BlockIntervention, tokens: Tensor, rerun: Rerun | None = None) -> Tensor:
+    def _apply(self, edit: _Edit, tokens: Tensor, rerun: Rerun | None = None) -> Tensor:
+        if not self._here():
+            return tokens
+        edited = self._of_text(edit.intervention, tokens, rerun)
+        self._effects.note(edit.whole, tokens, edited, waits=self._waits and _is_text(edit.intervention.site))
+        return edited
+
+    def _of_text(self, intervention: BlockIntervention, tokens: Tensor, rerun: Rerun | None) -> Tensor:
+        """The tokens, edited; of text, padding is left out where it is to be."""
         called = sum(len(samples.rows) for samples in self._call.step.sets)
         if len(tokens) != called:
             raise ValueError(
@@ -186,6 +220,18 @@ class TokenEdits:
             left = edit.part.get(block.forward(**given), edit.place)  # not a call, which would come back here
         assert left is not None
         return left
+
+
+def blocks_of(call: DenoiserCall) -> list[tuple[Blocks, nn.Module]]:
+    """The blocks that a denoiser has now, in order, each with its layout."""
+    return [(layout, block) for layout in call.architecture.blocks for block in layout.of(call.denoiser)]
+
+
+def _is_skipped(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> bool:
+    """Whether a block returned what it was given, as where a cache of diffusers skips it."""
+    given = [*args, *kwargs.values()]
+    left = output if isinstance(output, tuple) else (output,)
+    return all(any(one is other for other in given) for one in left)
 
 
 def _is_text(site: Site) -> bool:

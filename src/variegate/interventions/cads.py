@@ -62,6 +62,10 @@ class CADS(ConditionIntervention):
         """Share of the condition at a noise level, before the square root."""
         return round(min(1.0, max(0.0, (self.blind - noise) / (self.blind - self.clear))), 12)
 
+    def idle(self) -> str:
+        """See `Intervention.idle`."""
+        return f"it acts above clear={self.clear}"
+
     def edit(self, embeddings: Tensor, moment: Moment) -> Tensor:
         """See `ConditionIntervention.edit`."""
         gamma = self.gamma(moment.noise)

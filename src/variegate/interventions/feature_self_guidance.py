@@ -66,6 +66,10 @@ class FeatureSelfGuidance(ImageIntervention):
         """Whether there is anything to blend in."""
         return self.blend > 0
 
+    def idle(self) -> str:
+        """See `Intervention.idle`."""
+        return f"it acts from low={self.low} upwards"
+
     def edit(self, tokens: Tensor, block: BlockCall) -> Tensor:
         """See `ImageIntervention.edit`."""
         if block.moment.noise < self.low:

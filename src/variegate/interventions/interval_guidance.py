@@ -50,6 +50,10 @@ class IntervalGuidance(GuidanceIntervention):
         """Whether some level is outside."""
         return (self.low, self.high) != (0, 1)
 
+    def idle(self) -> str:
+        """See `Intervention.idle`."""
+        return f"it acts outside of low={self.low} to high={self.high}"
+
     def edit(self, unconditional: Tensor, conditional: Tensor, moment: Moment) -> Tensor:
         """See `GuidanceIntervention.edit`."""
         return unconditional if self.low < moment.noise <= self.high else conditional

@@ -49,6 +49,10 @@ class ParticleGuidance(PredictionIntervention):
         self.check_range("strength", 0)
         self.check_range("low", 0, 1)
 
+    def idle(self) -> str:
+        """See `Intervention.idle`."""
+        return f"it acts from low={self.low} upwards"
+
     def edit(self, prediction: Tensor, latents: Tensor, moment: Moment) -> Tensor:
         """See `PredictionIntervention.edit`."""
         if moment.noise < self.low:

@@ -71,6 +71,10 @@ class SPELL(PredictionIntervention):
         away = self._push(images.flatten(0, 1), earlier).view(images.shape) + self._push(images, images)
         return prediction + moment.to_move_images(self.strength * away).view(prediction.shape)
 
+    def idle(self) -> str:
+        """See `Intervention.idle`."""
+        return f"no two images came within radius={self.radius} of each other"
+
     def _push(self, images: Tensor, others: Tensor) -> Tensor:
         import torch
 
