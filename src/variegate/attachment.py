@@ -62,7 +62,7 @@ def attach(
 
 
 class Hook:
-    """A hook of an attachment; copies and pickles of its module come with one that does nothing."""
+    """A hook on a block; copies and pickles of the block come with one that does nothing, as `Plan`'s do."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
@@ -155,10 +155,10 @@ class Attachment:
             for module, hook in plan.tokens.hooks():
                 self._handles.append(module.register_forward_hook(Hook(hook), with_kwargs=True))
             if plan.predictions or not self._listens:
-                self._handles.append(plan.outer.register_forward_hook(Hook(plan.end)))
+                self._handles.append(plan.outer.register_forward_hook(plan.end))
             # The prompts are read before any attachment edits them, whichever came first.
-            self._handles.append(plan.outer.register_forward_pre_hook(Hook(plan.see), with_kwargs=True, prepend=True))
-            self._handles.append(plan.outer.register_forward_pre_hook(Hook(plan.begin), with_kwargs=True))
+            self._handles.append(plan.outer.register_forward_pre_hook(plan.see, with_kwargs=True, prepend=True))
+            self._handles.append(plan.outer.register_forward_pre_hook(plan.begin, with_kwargs=True))
         if any(plan.is_compiled() for plan in self._plans):
             torch.compiler.reset()  # graphs made without the hooks would go on without them
 

@@ -59,6 +59,10 @@ class Plan:
         self.tokens = TokenEdits(self._call, start, effects, here)
         self.predictions = PredictionEdits(self._call, effects)
 
+    def __reduce__(self) -> tuple[Callable[[], Plan], tuple[()]]:
+        """Its hooks on copies and pickles of the denoiser do nothing."""
+        return _idle, ()
+
     def fits(self, outer: nn.Module) -> bool:
         """Whether its hooks are where a denoiser runs: it is the same one, with the same blocks."""
         return outer is self.outer and self.tokens.blocks == blocks_of(self._call)
@@ -178,6 +182,12 @@ class Plan:
                                 new[row] = value
                     changed[name] = new
         return changed
+
+
+def _idle() -> Plan:
+    plan = object.__new__(Plan)
+    plan.outer, plan._here, plan._stray = nn.Identity(), lambda: False, lambda denoiser: None
+    return plan
 
 
 def _refuse_split_tokens(denoiser: nn.Module) -> None:

@@ -20,6 +20,7 @@ was done before, between or during.
   of the stock pipeline.
 - **own**: it changes the images by itself. Both orders agree, an attachment that is off leaves exactly what it makes
   alone, and one that is on changes it.
+- **stock**: the pipeline that is called is another than the one attached to, and is left alone; a warning says so.
 - **refused**: a `ValueError` of one sentence, from `attach` or from the first run.
 
 | what | attach first | attach second | note |

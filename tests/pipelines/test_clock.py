@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -97,6 +97,7 @@ class Recorder(TokenIntervention):
 
     trace: Trace
     seen: list[tuple[int, list[list[int]]]] = field(default_factory=list, compare=False)
+    observes: ClassVar[bool] = True
 
     def edit(self, tokens):
         call = self.trace.calls[-1]
