@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from variegate.gradients import applied
 from variegate.intervention import (
     ImageIntervention,
     Intervention,
@@ -82,7 +83,7 @@ class Start:
         if self.edits:
             noise, pack = unpack(latents, given)
             for intervention in self.edits:
-                noise = intervention.edit(noise)
+                noise = applied(intervention, noise)
             latents = pack(noise)
         if self.previews:
             self.latents = latents = latents.clone()  # they may be the caller's

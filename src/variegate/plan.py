@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from variegate.architectures import Architecture
+from variegate.architectures.layout import unwrapped
+from variegate.caches import uncached
 from variegate.call import POOLED, DenoiserCall
 from variegate.clock import Clock
+from variegate.gradients import applied, refuse_backward
 from variegate.intervention import ConditionIntervention, Intervention, PreviewIntervention
 from variegate.noise import Start
 from variegate.prediction_edits import PredictionEdits
@@ -45,7 +48,7 @@ class Plan:
         warn: Callable[[str], None],
     ) -> None:
         self.outer, self._start, self._warn = outer, start, warn
-        denoiser: nn.Module = getattr(outer, "_orig_mod", outer)  # torch.compile(model) wraps it
+        denoiser = unwrapped(outer)
         _refuse_split_tokens(denoiser)
         self._call = DenoiserCall(denoiser, architecture, interventions, clock, seed)
         self.tokens = TokenEdits(self._call, start)
@@ -66,6 +69,7 @@ class Plan:
         """Before the denoiser runs: read the clock, find the places of the tokens, edit noise and condition."""
         call = self._call
         _refuse_split_tokens(call.denoiser)
+        refuse_backward(call.denoiser)
         call.read(args, kwargs)
         self.tokens.begin()
         if any(i.needs_company and i.active(call.step) for i in call.interventions) and all(
@@ -124,11 +128,11 @@ class Plan:
             return call.moment(rows).images(call.architecture.sign * first[index].to(noise.dtype), noise)
 
         new = latents.clone()
-        with self.tokens.silent():
+        with self.tokens.silent(), uncached(self.outer):
             for intervention in previewing:
                 for rows in call.batches(intervention):
                     index = torch.tensor(rows, device=latents.device) % images
-                    noise = intervention.edit(new[index].float(), functools.partial(preview, rows))
+                    noise = applied(intervention, new[index].float(), functools.partial(preview, rows))
                     new[index] = noise.to(new.dtype)
         latents.copy_(new)
         return {name: copies(new)}
@@ -144,7 +148,7 @@ class Plan:
                     new = list(given) if isinstance(given, list) else given.clone()
                     for rows in call.batches(intervention):
                         old = torch.stack([torch.stack([given[row] for row in samples]) for samples in rows])
-                        for samples, values in zip(rows, intervention.edit(old, call.moment(rows)), strict=True):
+                        for samples, values in zip(rows, applied(intervention, old, call.moment(rows)), strict=True):
                             for row, value in zip(samples, values, strict=True):
                                 new[row] = value
                     changed[name] = new

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from variegate.call import DenoiserCall
+from variegate.gradients import applied
 from variegate.intervention import GuidanceIntervention, PredictionIntervention
 
 
@@ -61,7 +62,7 @@ class PredictionEdits:
             return self._add(intervention, prediction, latents)
         for rows in self._call.batches(intervention):
             index, moment = torch.tensor(rows, device=prediction.device), self._call.moment(rows, intervention)
-            prediction[index] = intervention.edit(prediction[index], latents[index], moment)
+            prediction[index] = applied(intervention, prediction[index], latents[index], moment)
         return prediction
 
     def _add(self, intervention: PredictionIntervention, prediction: Tensor, latents: Tensor) -> Tensor:
@@ -75,7 +76,7 @@ class PredictionEdits:
         for rows in call.batches(intervention, "cond"):
             index = torch.tensor(rows, device=prediction.device)
             old = _wide(shown[index])
-            added = intervention.edit(old, _wide(given[index]), call.moment(rows, intervention)) - old
+            added = applied(intervention, old, _wide(given[index]), call.moment(rows, intervention)) - old
             for group, offset in zip(rows, added, strict=True):
                 offsets[key(group)] = offset
         for samples in call.step.sets:
@@ -102,7 +103,7 @@ class PredictionEdits:
         for intervention in guiding:
             for rows, other in zip(unconditional, clock.conditional, strict=True):
                 old = shown[list(rows)][None]
-                shown[list(rows)] = intervention.edit(old, other[None], call.moment([rows]))[0]
+                shown[list(rows)] = applied(intervention, old, other[None], call.moment([rows]))[0]
         return self._with_image(prediction, shown)
 
     def _image(self, values: Tensor) -> Tensor:
