@@ -326,6 +326,8 @@ def test_a_push_that_is_a_gradient_itself_is_refused(method, given, rest):
     with pytest.raises(ValueError, match=f"{type(method).__name__} can't be differentiated"):
         applied(method, given.clone().requires_grad_(), *rest)
     assert applied(method, given, *rest).isfinite().all()
+    with torch.no_grad():
+        assert applied(method, given.clone().requires_grad_(), *rest).isfinite().all()
 
 
 RECORDED = [
@@ -362,6 +364,21 @@ def test_gradients_through_a_step_of_a_pipeline(method, guidance_scale):
 
     found, expected = slopes(step, start, 1e-3)
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2 * float(expected.abs().max()))
+
+
+def test_a_checkpoint_around_the_denoiser_of_a_pipeline_is_refused():
+    pipe = tiny_sd3()
+    whole = pipe.transformer._call_impl
+    pipe.transformer._call_impl = lambda **kwargs: checkpoint(whole, use_reentrant=False, **kwargs)
+
+    def enter(pipe, index, timestep, kwargs):
+        torch.set_grad_enabled(True)
+        return kwargs
+
+    with attach(pipe, ParticleGuidance(low=0.0)):
+        latents = run(pipe, n=2, num_inference_steps=2, callback_on_step_end=enter)
+        with pytest.raises(ValueError, match="SD3Transformer2DModel is run again in a backward pass"):
+            latents.sum().backward()
 
 
 def test_what_is_remembered_of_a_run_holds_no_gradients():
