@@ -274,6 +274,8 @@ def test_steps_too_great_for_the_dtype_are_refused() -> None:
     large = (tokens * (3e4 / tokens.abs().max())).half()  # longer than the greatest float16, and yet in range
     assert large.double().norm() > torch.finfo(torch.float16).max
     assert gram_flow(large, Vendi(), strength=0.01).isfinite().all()
+    with pytest.raises(ValueError, match=r"strength=1000 takes .* out of the range of torch.float64"):
+        gram_flow(group(4, 0.3, dtype=torch.float64) * 2.0**1018, Vendi(), strength=1000)
 
 
 def test_a_device_without_float64_is_left_for_the_cpu() -> None:
@@ -327,3 +329,88 @@ def test_input_is_not_written() -> None:
 def test_bad_arguments(arguments: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         gram_flow(group(2, 0.3), Vendi(), **arguments)
+
+
+@pytest.mark.parametrize("power", [-1000, -600, -60, 60, 600, 1000])  # float64 squares leave its range beyond 511
+def test_a_power_of_two_in_the_tokens_is_one_in_the_result(power: int) -> None:
+    tokens = torch.stack([group(4, 0.3, dtype=torch.float64), group(4, 0.3, seed=1, dtype=torch.float64)])
+    tokens[0, 1] = 0
+    scaled = tokens * 2.0**power
+    for options in ({}, {"preserve_norm": True}, {"frozen": torch.tensor([True, False, False, False])}):
+        expected = gram_flow(tokens, Vendi(), strength=0.1, **options)
+        assert (expected[:, 3] != tokens[:, 3]).any()
+        expected = expected * 2.0**power
+        assert torch.equal(gram_flow(scaled, Vendi(), strength=0.1, **options), expected)
+        mixed = gram_flow(torch.stack([tokens[0], scaled[1]]), Vendi(), strength=0.1, **options)
+        assert torch.equal(mixed[1], expected[1])
+    if abs(power) < 500:
+        moved = gram_flow(scaled, Vendi(), eta=100 * 4.0**power)
+        assert torch.equal(moved, gram_flow(tokens, Vendi(), eta=100) * 2.0**power)
+
+
+@pytest.mark.parametrize("power", [-120, 120])
+def test_squares_out_of_the_range_of_float32(power: int) -> None:
+    tokens = group(4, 0.3)
+    moved = gram_flow(tokens * 2.0**power, Vendi(), strength=0.5) * 2.0**-power
+    torch.testing.assert_close(moved, gram_flow(tokens, Vendi(), strength=0.5))
+
+
+def test_the_smallest_numbers_are_rounded_once() -> None:
+    tokens = group(4, 0.3) * 2.0**-135  # 14 bits are left of them
+    weights = flow_weights(gram_matrix(tokens.double() * 2.0**135), Vendi(), strength=0.5)
+    expected = (weights @ tokens.flatten(1).double()).float().view_as(tokens)
+    assert torch.equal(gram_flow(tokens, Vendi(), strength=0.5), expected)
+
+
+def test_eta_that_leaves_the_range_of_numbers() -> None:
+    tokens = group(4, 0.3, dtype=torch.float64)
+    assert torch.equal(gram_flow(tokens * 2.0**600, Vendi(), eta=1.0), tokens * 2.0**600)  # 1e-360 of their square
+    with pytest.raises(ValueError, match=r"eta=1 takes the samples out of the range"):
+        gram_flow(tokens * 2.0**-600, Vendi(), eta=1.0)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"preserve_norm": True}, {"target": 2.5}, {"frozen": torch.tensor([False, True, False, False])}]
+)
+def test_gradients_are_those_of_the_product_with_the_weights_held_constant(options: dict[str, object]) -> None:
+    tokens = torch.stack([group(4, 0.3, seed=seed, dtype=torch.float64) for seed in range(3)])
+    tokens[0, 2] = 0
+    tokens[1, 0, 0, 0] = float("nan")  # this group stays
+    weights = flow_weights(gram_matrix(tokens), Vendi(), strength=0.5, **options)
+    loss = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    given = tokens.clone().requires_grad_()
+    moved = gram_flow(given, Vendi(), strength=0.5, **options)
+    assert torch.equal(moved.nan_to_num(), gram_flow(tokens, Vendi(), strength=0.5, **options).nan_to_num())
+    (gradient,) = torch.autograd.grad((loss * moved).nansum(), given, create_graph=True)
+    loss[1, 0, 0, 0] = 0  # of nansum
+
+    def frozen_map(flat: Tensor) -> Tensor:
+        return (loss * (weights @ flat).view_as(tokens)).sum()
+
+    flat, step = tokens.nan_to_num().flatten(2), 1e-3
+    for index in torch.cartesian_prod(torch.tensor([0, 1, 2]), torch.arange(4), torch.tensor([0, 65, 383])).tolist():
+        there, back = flat.clone(), flat.clone()
+        there[tuple(index)] += step
+        back[tuple(index)] -= step
+        difference = (frozen_map(there) - frozen_map(back)) / (2 * step)
+        torch.testing.assert_close(gradient.flatten(2)[tuple(index)].detach(), difference, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_have_the_dtype_of_the_tokens(dtype: torch.dtype) -> None:
+    given = group(4, 0.3, dtype=dtype).requires_grad_()
+    weights = flow_weights(gram_matrix(given), Vendi(), strength=0.5)
+    gram_flow(given, Vendi(), strength=0.5).float().square().sum().backward()
+    assert given.grad is not None
+    moved = gram_flow(given.detach(), Vendi(), strength=0.5)
+    expected = weights.T @ (2 * moved).double().flatten(1)
+    torch.testing.assert_close(given.grad.double().flatten(1), expected, rtol=torch.finfo(dtype).eps * 4, atol=1e-3)
+
+
+def test_what_stays_passes_gradients() -> None:
+    given = group(1, 0.3).repeat(2, 1, 1).requires_grad_()
+    assert gram_flow(given, Vendi(), strength=0.0) is given
+    (gradient,) = torch.autograd.grad(gram_flow(given, Vendi(), strength=0.5).sum(), given)
+    torch.testing.assert_close(gradient, torch.ones_like(gradient))
+    with torch.no_grad():
+        assert not gram_flow(given, Vendi(), strength=0.5).requires_grad

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -85,6 +86,15 @@ class DenoiserCall:
         return tuple(changed.get(n, value) for n, value in zip(names, args, strict=True)), kwargs | {
             n: value for n, value in changed.items() if n not in names
         }
+
+    @contextmanager
+    def within(self, step: Step) -> Iterator[None]:
+        """This step is the current one, as it was when the denoiser ran."""
+        now, self._step = self._step, step
+        try:
+            yield
+        finally:
+            self._step = now
 
     @property
     def step(self) -> Step:

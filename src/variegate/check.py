@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from variegate.architectures import Architecture, Part, architecture_of
-from variegate.architectures.layout import Call
+from variegate.architectures.layout import Call, unwrapped
 from variegate.attachment import Attachment, denoisers_of
 from variegate.intervention import SITES, Site, TokenIntervention
 
@@ -74,7 +74,8 @@ def check_layout(
     not overlap; and what belongs to neither does not count, so no token is left out.
 
     Args:
-        denoiser: of a known or registered class, in eval mode.
+        denoiser: of a known or registered class, in eval mode; what torch.compile, peft or a data-parallel wrapper has
+            made of one is taken off.
         call: arguments of its forward, by name, for at least two images of one prompt, which differ in their latents.
         site: "context", "attention", "image" or "cross_attention"; None: the first of "context", "cross_attention",
             "image" that the class has.
@@ -94,6 +95,7 @@ def check_layout(
         >>> report.site, report.passed
         ('context', True)
     """
+    denoiser = unwrapped(denoiser)
     record = architecture or architecture_of(denoiser)
     if site is not None and site not in SITES:
         raise ValueError(f"site={site!r} is unknown; use one of {', '.join(SITES)}.")
@@ -163,7 +165,7 @@ def capture_call(pipe: Any, prompt: str, **kwargs: Any) -> dict[str, Any]:
     """
     calls: list[dict[str, Any]] = []
     denoiser = denoisers_of(pipe)[0]
-    names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
+    names = list(inspect.signature(type(unwrapped(denoiser)).forward).parameters)[1:]
 
     def keep(module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
         calls.append(dict(zip(names, args, strict=False)) | given)

@@ -34,6 +34,16 @@ def edit(tokens: Tensor, key: int) -> Tensor:
     return edited.clone() if edited is tokens else edited.contiguous()
 
 
+def _refuse(*args: object, **kwargs: object) -> None:
+    raise ValueError(
+        "Gradients are being recorded through an attachment inside a compiled denoiser, which does not pass them on; "
+        "use torch.no_grad() around the call, or a denoiser that is not compiled."
+    )
+
+
+edit.register_autograd(_refuse, setup_context=_refuse)
+
+
 @edit.register_fake
 def _(tokens: Tensor, key: int) -> Tensor:
     return tokens.new_empty(tokens.shape)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from variegate.gradients import applied
 from variegate.intervention import GuidanceIntervention, Intervention
 from variegate.step import SampleSet, Step
 
@@ -54,6 +56,12 @@ class Effects:
             self._noises.append(step.noise)
         self._branches |= {samples.branch for samples in step.sets}
         self._sets, self._latents = self._sets or step.sets, latents
+
+    def apply(self, intervention: Intervention, given: Tensor, *rest: Any) -> Tensor:
+        """What an intervention makes of a tensor, and a note of it; see `gradients.applied`."""
+        edited = applied(intervention, given, *rest)
+        self.note(intervention, given, edited)
+        return edited
 
     def note(self, intervention: Intervention, before: Tensor, after: Tensor, *, waits: bool = False) -> None:
         """Take note of an edit; of one that `waits`, not before `read` says that somebody has read it.

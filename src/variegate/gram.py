@@ -9,7 +9,10 @@ The B x B part is float64 on the CPU. The two passes over the tokens are float64
 the CPU, where that costs time: there they are float32 wherever the difference would not show, which takes samples
 distinct enough for a float32 Gram matrix and a displacement well above the rounding of a float32 product. (On a
 GPU the time is in the memory, and a float32 product may silently be TF32.) Tokens on a device without float64,
-Apple's MPS, are copied to the CPU and back: that path has run on tokens of the CPU, never on MPS.
+Apple's MPS, are copied to the CPU and back: that path has run on tokens of the CPU, never on MPS. The Gram matrix of
+a group whose squares leave the range of these numbers is that of its tokens times a power of two, which is exact.
+
+W depends on the tokens, but gradients that are recorded take it for a constant: backwards, C' = W C is W^T.
 
 Reference:
     arXiv:2603.28762, eq. 2 (the inner iterations), 3 and 4 (objective `Vendi()`).
@@ -19,9 +22,11 @@ Reference:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -29,6 +34,7 @@ from variegate.inner_steps import flow
 from variegate.objectives import Array, Objective, float64_device, identity
 
 _AT_ONCE = 2**17  # numbers: more than a call costs, less than the cache holds
+_ORDINARY = 2.0**-80, 2.0**120  # a group whose greatest |c|^2 is in here has squares that float32 holds, too
 
 
 @torch.no_grad()
@@ -115,7 +121,24 @@ def flow_weights(
         tensor([[ 1., -1.],
                 [-1.,  1.]], dtype=torch.float64)
     """
-    size = _step_size(strength, eta, inner_steps, target)
+    _step_size(strength, eta, inner_steps, target)
+    return _flow_weights(gram, objective, strength, eta, inner_steps, target, preserve_norm, frozen)
+
+
+def _flow_weights(
+    gram: Tensor,
+    objective: Objective,
+    strength: float | None,
+    eta: float | None,
+    inner_steps: int,
+    target: float | None,
+    preserve_norm: bool,
+    frozen: Tensor | None,
+    exponents: npt.NDArray[np.int64] | None = None,
+) -> Tensor:
+    """See `flow_weights`; `gram` is of tokens that were divided by 2^exponents, one for each group."""
+    size = eta if strength is None else strength
+    assert size is not None
     samples = gram.shape[-1]
     initial = gram.detach().cpu().double().numpy().reshape(-1, samples, samples)
     squares = initial.diagonal(axis1=-2, axis2=-1)
@@ -123,6 +146,8 @@ def flow_weights(
     rates: Array = size * present.astype(np.float64)
     if eta is None:
         rates *= squares.sum(-1, keepdims=True) / np.maximum(present.sum(-1, keepdims=True), 1)
+    elif exponents is not None:
+        rates = np.ldexp(rates, -2 * exponents.reshape(-1, 1))
     if frozen is not None:
         rates *= ~frozen.cpu().expand(gram.shape[:-1]).numpy().reshape(-1, samples)
     moving = np.isfinite(initial).all((-2, -1)) & (present.sum(-1) > 1) & (size > 0)
@@ -143,7 +168,6 @@ def flow_weights(
     return torch.from_numpy(weights).reshape(gram.shape).to(float64_device(gram.device))
 
 
-@torch.no_grad()
 @np.errstate(all="ignore")  # products of groups that stay may be non-finite
 def gram_flow(
     tokens: Tensor,
@@ -157,6 +181,9 @@ def gram_flow(
     frozen: Tensor | None = None,
 ) -> Tensor:
     """Move the samples of each group `inner_steps` gradient steps up `objective`.
+
+    Gradients pass through the product C' = W C with W, which is computed from the tokens, held constant: a loss's
+    gradient g by C' becomes W^T g by C. That is not the derivative of the flow, of which W's own is a part.
 
     Samples are written once, rounded once to the tokens' dtype. In float32 the displacement is exact to about
     1e-5 of itself, except where that rounding is larger: a sample displaced by less than 1e-4 of its norm (a
@@ -198,35 +225,68 @@ def gram_flow(
     step_size = _step_size(strength, eta, inner_steps, target)
     if step_size == 0:
         return tokens
-    gram = gram_matrix(tokens).cpu()
-    weights = flow_weights(
-        gram,
-        objective,
-        strength=strength,
-        eta=eta,
-        inner_steps=inner_steps,
-        target=target,
-        preserve_norm=preserve_norm,
-        frozen=frozen,
-    )
-    still = (weights.numpy() == identity(tokens.shape[-3])).all(-1)
-    if still.all():
+    gram, exponents = _scaled_gram(tokens.detach())
+    weights = _flow_weights(gram, objective, strength, eta, inner_steps, target, preserve_norm, frozen, exponents)
+    if _unmoved(weights).all():
         return tokens
     norms = np.sqrt(gram.numpy().diagonal(axis1=-2, axis2=-1))
     reach = (np.abs(weights.numpy()) @ norms[..., None])[..., 0]  # no sample is longer after the flow
-    local = tokens.to(float64_device(tokens.device))
-    if local.numel() <= _AT_ONCE:
-        moved = (weights.to(local.device) @ local.flatten(-2).double()).to(local.dtype).view(local.shape)
-    else:
-        moved = torch.empty(local.shape, dtype=local.dtype, device=local.device)
-        for index in np.ndindex(*local.shape[:-3]):
-            suffices = _float32_suffices(weights[index].numpy(), gram[index].numpy(), reach[index])
-            _combine(weights[index], local[index], _fast_dtype(local) if suffices else torch.float64, moved[index])
-    if (reach > torch.finfo(moved.dtype).max).any() and not moved[torch.from_numpy(~still)].isfinite().all():
+
+    def float32_suffices(index: tuple[int, ...]) -> bool:
+        ordinary = exponents[index] == 0
+        return bool(ordinary) and _float32_suffices(weights[index].numpy(), gram[index].numpy(), reach[index])
+
+    moved: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
+        tokens.to(float64_device(tokens.device)), weights, float32_suffices
+    )
+    reach = np.ldexp(reach, exponents[..., None])
+    if (reach > torch.finfo(moved.dtype).max).any() and not moved.detach()[~_unmoved(weights)].isfinite().all():
         raise _too_far(strength, eta, moved.dtype)
-    if still.any():
-        moved[torch.from_numpy(still)] = local[torch.from_numpy(still)]
     return moved.to(tokens.device)
+
+
+class _Product(torch.autograd.Function):
+    """The weights, which are constants, times the samples: a linear map, and so is its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weights: Tensor, float32_suffices: Callable[[tuple[int, ...]], bool]) -> Any:
+        ctx.weights = weights
+        if tokens.numel() <= _AT_ONCE:
+            product = (weights.to(tokens.device) @ tokens.flatten(-2).double()).to(tokens.dtype).view(tokens.shape)
+        else:
+            product = torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device)
+            for index in np.ndindex(*tokens.shape[:-3]):
+                dtype = _fast_dtype(tokens) if float32_suffices(index) else torch.float64
+                _combine(weights[index], tokens[index], dtype, product[index])
+        still = _unmoved(weights)
+        if still.any():
+            product[still] = tokens[still]
+        return product
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        passed = _Product.apply(gradients[0], ctx.weights.mT, lambda index: True)  # type: ignore[no-untyped-call]
+        return passed, None, None
+
+
+def _unmoved(weights: Tensor) -> Tensor:
+    """Which rows are those of the identity, `[..., B]`."""
+    return torch.from_numpy((weights.numpy() == identity(weights.shape[-1])).all(-1))
+
+
+def _scaled_gram(tokens: Tensor) -> tuple[Tensor, npt.NDArray[np.int64]]:
+    """The Gram matrices, on the CPU, of tokens divided by 2^exponent, which is 1 for ordinary groups; the exponents."""
+    gram = gram_matrix(tokens).cpu()
+    exponents = np.zeros(gram.shape[:-2], dtype=np.int64)
+    greatest = gram.numpy().diagonal(axis1=-2, axis2=-1).max(-1, initial=0)
+    low, high = _ORDINARY
+    for index in map(tuple, np.argwhere(~((low <= greatest) & (greatest <= high))).tolist()):
+        group = tokens[index].to(float64_device(tokens.device)).double()
+        peak = float(group.abs().max()) if group.numel() else 0.0
+        if 0 < peak < math.inf:
+            exponents[index] = exponent = min(max(math.frexp(peak)[1], -1000), 1000)  # 2^-exponent is a number, too
+            gram[index] = gram_matrix(group * 2.0**-exponent).cpu()
+    return gram, exponents
 
 
 def _step_size(strength: float | None, eta: float | None, inner_steps: int, target: float | None) -> float:

@@ -86,9 +86,7 @@ class Start:
         if self.edits:
             noise, pack = unpack(latents, given)
             for intervention in self.edits:
-                edited = intervention.edit(noise)
-                self._effects.note(intervention, noise, edited)
-                noise = edited
+                noise = self._effects.apply(intervention, noise)
             latents = pack(noise)
         if self.previews:
             self.latents = latents = latents.clone()  # they may be the caller's

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from variegate.architectures import Architecture
+from variegate.architectures.layout import unwrapped
+from variegate.caches import uncached
 from variegate.call import POOLED, DenoiserCall
 from variegate.clock import Clock
 from variegate.effects import Effects
+from variegate.gradients import refuse_backward
 from variegate.intervention import ConditionIntervention, Intervention, PreviewIntervention
 from variegate.noise import Start
 from variegate.prediction_edits import PredictionEdits
@@ -53,7 +56,7 @@ class Plan:
     ) -> None:
         self.outer, self._start, self._effects, self._warn = outer, start, effects, warn
         self._here, self._stray = here, stray
-        denoiser: nn.Module = getattr(outer, "_orig_mod", outer)  # torch.compile(model) wraps it
+        denoiser = unwrapped(outer)
         _refuse_split_tokens(denoiser)
         self._call = DenoiserCall(denoiser, architecture, interventions, clock, seed)
         self.tokens = TokenEdits(self._call, start, effects, here)
@@ -91,6 +94,7 @@ class Plan:
             return None
         call = self._call
         _refuse_split_tokens(call.denoiser)
+        refuse_backward(call.denoiser)
         call.read(args, kwargs)
         self._effects.see(call.step, call.latents, call.clock.pipeline is None)
         self.tokens.begin()
@@ -154,13 +158,12 @@ class Plan:
             return call.moment(rows).images(call.architecture.sign * first[index].to(noise.dtype), noise)
 
         new = latents.clone()
-        with self.tokens.silent():
+        with self.tokens.silent(), uncached(self.outer):
             for intervention in previewing:
                 for rows in call.batches(intervention):
                     index = torch.tensor(rows, device=latents.device) % images
-                    noise = intervention.edit(new[index].float(), functools.partial(preview, rows)).to(new.dtype)
-                    self._effects.note(intervention, new[index], noise)
-                    new[index] = noise
+                    noise = self._effects.apply(intervention, new[index].float(), functools.partial(preview, rows))
+                    new[index] = noise.to(new.dtype)
         latents.copy_(new)
         return {name: copies(new)}
 
@@ -175,8 +178,7 @@ class Plan:
                     new = list(given) if isinstance(given, list) else given.clone()
                     for rows in call.batches(intervention):
                         old = torch.stack([torch.stack([given[row] for row in samples]) for samples in rows])
-                        edited = intervention.edit(old, call.moment(rows))
-                        self._effects.note(intervention, old, edited)
+                        edited = self._effects.apply(intervention, old, call.moment(rows))
                         for samples, values in zip(rows, edited, strict=True):
                             for row, value in zip(samples, values, strict=True):
                                 new[row] = value

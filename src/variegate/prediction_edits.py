@@ -63,10 +63,7 @@ class PredictionEdits:
             return self._add(intervention, prediction, latents)
         for rows in self._call.batches(intervention):
             index, moment = torch.tensor(rows, device=prediction.device), self._call.moment(rows, intervention)
-            old = prediction[index]
-            new = intervention.edit(old, latents[index], moment)
-            self._effects.note(intervention, old, new)
-            prediction[index] = new
+            prediction[index] = self._effects.apply(intervention, prediction[index], latents[index], moment)
         return prediction
 
     def _add(self, intervention: PredictionIntervention, prediction: Tensor, latents: Tensor) -> Tensor:
@@ -83,9 +80,7 @@ class PredictionEdits:
             moment = call.moment(rows, intervention)
             if not moment.memory and all(len(group) == 1 for group in rows):
                 self._effects.settle(intervention)  # the first picture of a series has nothing to differ from
-            new = intervention.edit(old, _wide(given[index]), moment)
-            self._effects.note(intervention, old, new)
-            added = new - old
+            added = self._effects.apply(intervention, old, _wide(given[index]), moment) - old
             for group, offset in zip(rows, added, strict=True):
                 offsets[key(group)] = offset
         for samples in call.step.sets:
@@ -112,9 +107,7 @@ class PredictionEdits:
         for intervention in guiding:
             for rows, other in zip(unconditional, clock.conditional, strict=True):
                 old = shown[list(rows)][None]
-                new = intervention.edit(old, other[None], call.moment([rows]))
-                self._effects.note(intervention, old, new)
-                shown[list(rows)] = new[0]
+                shown[list(rows)] = self._effects.apply(intervention, old, other[None], call.moment([rows]))[0]
         return self._with_image(prediction, shown)
 
     def _image(self, values: Tensor) -> Tensor:

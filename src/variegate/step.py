@@ -119,7 +119,7 @@ class Moment:
         """Add rows `[K, D]` to the memory; the oldest beyond `most` are forgotten, and all of another length."""
         import torch
 
-        every = torch.cat((self.recall(rows), rows))
+        every = torch.cat((self.recall(rows), rows.detach()))  # to later calls they are constants
         self.memory["rows"] = every[max(len(every) - most, 0) :]
 
     def randn(self, like: Tensor, *, fresh: bool = True) -> Tensor:

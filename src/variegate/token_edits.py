@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,8 +17,10 @@ from torch.nn import functional
 from variegate import compiled
 from variegate.architectures import Architecture, known_architectures
 from variegate.architectures.layout import Blocks, Locate, Part, Place
+from variegate.caches import uncached
 from variegate.call import DenoiserCall
 from variegate.effects import Effects
+from variegate.gradients import Checkpoints, applied, refuse_backward
 from variegate.intervention import SITES, BlockCall, BlockIntervention, ImageIntervention, Site
 from variegate.noise import Start
 
@@ -75,6 +77,9 @@ class TokenEdits:
 
     def __init__(self, call: DenoiserCall, start: Start, effects: Effects, here: Callable[[], bool]) -> None:
         self._call, self._start, self._effects, self._here = call, start, effects, here
+        self._checkpoints = Checkpoints(call.denoiser, self._remember)
+        self._forgotten = False
+        self._again = False  # a block runs again in a backward pass, and its edits are those of the call it belongs to
         self._real: Tensor | None = None
         self._waits = False
         self._edits: list[_Edit] = []
@@ -118,12 +123,15 @@ class TokenEdits:
         return [*found, (self.blocks[-1][1], read)] if found else []
 
     def forget(self) -> None:
-        """Drop the edits from the register of compiled graphs."""
+        """Drop the edits from the register of compiled graphs, and what remembers them for a backward pass."""
+        self._checkpoints.unwrap()
+        self._forgotten = True
         for edit in self._edits:
             compiled.forget(edit.key)
 
     def begin(self) -> None:
         """Before the denoiser runs: which edits act, and where their tokens are."""
+        self._checkpoints.wrap()
         places: dict[Locate | None, Place] = {}
         for edit in self._edits:
             edit.on = edit.intervention.active(self._call.step)
@@ -135,6 +143,31 @@ class TokenEdits:
         self._real = mask_of(self._call.arguments) if masked and mask_of is not None else None
         # A cache that skips blocks skips the last one: text that has been edited is not read any more.
         self._waits = bool(getattr(self._call.denoiser, "is_cache_enabled", False))
+
+    def _remember(self) -> Callable[[], AbstractContextManager[None]]:
+        """A context in which the edits are those of now, for a block that runs again in a backward pass."""
+        step, real, states = self._call.step, self._real, [(edit, edit.on, edit.place) for edit in self._edits]
+
+        @contextmanager
+        def restored() -> Iterator[None]:
+            now = self._real, [(edit, edit.on, edit.place) for edit in self._edits], self._again
+            gone = self.hooks() if self._forgotten else []  # the attachment was removed before the backward pass
+            handles = [module.register_forward_hook(hook, with_kwargs=True) for module, hook in gone]
+            try:
+                self._set(real, states, True)
+                with self._call.within(step):
+                    yield
+            finally:
+                self._set(*now)
+                for handle in handles:
+                    handle.remove()
+
+        return restored
+
+    def _set(self, real: Tensor | None, states: Sequence[tuple[_Edit, bool, Place]], again: bool) -> None:
+        self._real, self._again = real, again
+        for edit, on, place in states:
+            edit.on, edit.place = on, place
 
     @contextmanager
     def silent(self) -> Iterator[None]:
@@ -149,8 +182,10 @@ class TokenEdits:
                 edit.on = True
 
     def _apply(self, edit: _Edit, tokens: Tensor, rerun: Rerun | None = None) -> Tensor:
-        if not self._here():
-            return tokens
+        if not self._again:
+            if not self._here():
+                return tokens
+            refuse_backward(self._call.denoiser)
         edited = self._of_text(edit.intervention, tokens, rerun)
         self._effects.note(edit.whole, tokens, edited, waits=self._waits and _is_text(edit.intervention.site))
         return edited
@@ -188,7 +223,7 @@ class TokenEdits:
     ) -> Callable[[Tensor], Tensor]:
         """The edit as a function of the tokens `[S, B, N, D]` of these rows."""
         if not isinstance(intervention, ImageIntervention):
-            return intervention.edit  # type: ignore[no-any-return]  # of a token intervention
+            return functools.partial(applied, intervention)
 
         def rerun_rows(new: Tensor) -> Tensor:
             if rerun is None:
@@ -200,7 +235,7 @@ class TokenEdits:
             return rerun(tokens.index_put((index,), new))[index]
 
         block = BlockCall(self._call.moment(rows), self._start.size, rerun_rows)
-        return functools.partial(intervention.edit, block=block)
+        return lambda new: applied(intervention, new, block)
 
     def _rerun(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], edit: _Edit, tokens: Tensor
@@ -216,7 +251,7 @@ class TokenEdits:
                 f"{type(block).__name__} is not given image tokens as it returns them; choose another block."
             )
         given[names[0]] = entry.put(given[names[0]], edit.place, tokens)
-        with self.silent():
+        with self.silent(), uncached(block):
             left = edit.part.get(block.forward(**given), edit.place)  # not a call, which would come back here
         assert left is not None
         return left

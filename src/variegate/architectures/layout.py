@@ -135,6 +135,18 @@ class Architecture:
     no_context: str = ""
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The denoiser in what torch.compile, peft's `get_peft_model` or a data-parallel wrapper made of it; or itself."""
+    inner: Any = None
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        inner = module.module
+    elif hasattr(module, "get_base_model"):  # peft
+        inner = module.get_base_model()  # type: ignore[operator]
+    else:
+        inner = getattr(module, "_orig_mod", None)  # torch.compile
+    return unwrapped(inner) if isinstance(inner, nn.Module) else module
+
+
 def dual(name: str, *, text: int = 0, attention: str = "attn", **kwargs: Any) -> Blocks:
     """Blocks with text and image apart: element `text` of a pair holds text; the attention returns (image, text)."""
     return Blocks(f"{name}.*", context=Part(text), image=Part(1 - text), attention=Part(1, module=attention), **kwargs)

@@ -63,7 +63,9 @@ class CNO(PreviewIntervention):
 
         if torch.is_inference_mode_enabled():
             raise ValueError("CNO takes gradients, which inference mode forbids; use torch.no_grad() in its place.")
-        anchors, length = preview(noise), _length(noise)
+        noise = noise.detach()  # the gradient of the steps is not taken
+        with torch.no_grad():
+            anchors, length = preview(noise), _length(noise)
         for _ in range(self.iterations):
             with torch.enable_grad():
                 moving = noise.detach().requires_grad_()

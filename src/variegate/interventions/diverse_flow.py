@@ -63,6 +63,7 @@ class DiverseFlow(PredictionIntervention):
 
     def edit(self, prediction: Tensor, latents: Tensor, moment: Moment) -> Tensor:
         """See `PredictionIntervention.edit`."""
+        prediction, latents = prediction.detach(), latents.detach()  # the push's own gradient is not taken
         gradient = self._gradient(moment.images(prediction, latents)).to(prediction).flatten(1)
         ratio = prediction.flatten(1).norm(dim=-1) / gradient.norm(dim=-1).clamp_min(1e-12)
         push = self.strength * moment.noise * ratio[:, None] * gradient

@@ -86,13 +86,14 @@ def principal(rows: Tensor, count: int, moment: Moment) -> Tensor:
         moment: for the random directions that it starts from.
 
     Returns:
-        `[S, B, D, count]`, orthonormal; fewer of them if N or D is smaller. Their signs, which are nobody's choice but
-        the solver's, are those that make the largest entry positive: the same on every device.
+        `[S, B, D, count]`, orthonormal; fewer of them if N - 1 or D is smaller. Their signs, nobody's choice but the
+        solver's, are those that make the largest entry positive: the same on every device.
     """
     import torch
 
-    # Eight more than asked for make the last ones converge, too.
-    basis = moment.randn(rows.new_empty(*rows.shape[:2], rows.shape[3], count + 8))
+    # Eight more than asked for make the last ones converge, too; more than centred rows span would have no gradient.
+    width = min(count + 8, rows.shape[2] - 1, rows.shape[3])
+    basis = moment.randn(rows.new_empty(*rows.shape[:2], rows.shape[3], width))
     for _ in range(4):
         basis = torch.linalg.qr(rows.mT @ (rows @ basis)).Q
     _, _, turn = torch.linalg.svd(rows @ basis, full_matrices=False)
