@@ -160,7 +160,8 @@ def test_blocks_that_run_again_are_edited_as_in_their_own_step(site, reentrant, 
         x._gradient_checkpointing_func is function for x in model.modules() if hasattr(x, "gradient_checkpointing")
     )
     with attach(model, ContextualRepulsion(**STRONG), groups=[0, 0]):  # others make no difference
-        one = attach(model, repulsion, groups=[0, 0])
+        with pytest.warns(UserWarning, match="attached to this SD3Transformer2DModel already"):
+            one = attach(model, repulsion, groups=[0, 0])
         called(model, call)
         one.remove()
         copied = copy.deepcopy(model)
@@ -343,6 +344,7 @@ RECORDED = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:IntervalGuidance changed nothing")
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
 @pytest.mark.parametrize("method", RECORDED, ids=lambda method: type(method).__name__)
 def test_gradients_through_a_step_of_a_pipeline(method, guidance_scale):

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from variegate.architectures import Architecture
 from variegate.clock import Clock
 from variegate.effects import Effects
+from variegate.gradients import refuse_backward
 from variegate.intervention import KINDS, Intervention
 from variegate.noise import Start
 from variegate.pipeline_calls import caller_of, is_called, leave, listen
@@ -112,6 +113,12 @@ class Attachment:
         # What can't be called tells of no calls; it is taken for a holder of denoisers that are called by themselves.
         self._listens = pipeline is not None and callable(pipeline)
         self._clock = Clock(pipeline, groups)
+        for twin in _attached_to(target):
+            for name in {type(i).__name__ for i in twin.interventions} & {type(i).__name__ for i in self.interventions}:
+                self._warn_once(
+                    f"{name} is attached to this {type(target).__name__} already, and now acts twice; call "
+                    "variegate.detach(pipe) first to take off what is there."
+                )
         try:
             self._start = Start(pipeline, self.interventions, self._effects)
             self._follow()
@@ -120,12 +127,6 @@ class Attachment:
         except BaseException:
             self.remove()
             raise
-        for twin in _attached_to(target):
-            for name in {type(i).__name__ for i in twin.interventions} & {type(i).__name__ for i in self.interventions}:
-                self._warn_once(
-                    f"{name} is attached to this {type(target).__name__} already, and now acts twice; "
-                    "variegate.detach(pipe) before takes off what is there."
-                )
         _LIVING.add(self)
 
     def _follow(self) -> None:
@@ -173,7 +174,12 @@ class Attachment:
         return not self._listens or is_called(self.target)
 
     def _stray(self, denoiser: nn.Module) -> None:
-        """The denoiser is called, and not by its pipeline."""
+        """The denoiser is called, and not by its pipeline.
+
+        Raises:
+            ValueError: if a checkpoint around it runs it again in a backward pass: whose call that is nothing tells.
+        """
+        refuse_backward(denoiser)
         if caller_of(denoiser) is not None:
             self._strayed = True
         else:
