@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from variegate.architectures import Architecture
 from variegate.clock import Clock
+from variegate.compiled import Mark
 from variegate.intervention import KINDS, Intervention
 from variegate.noise import Start
 from variegate.plan import Plan
@@ -74,6 +75,7 @@ class Attachment:
                     f"call its edit; derive it from one of {', '.join(kind.__name__ for kind in KINDS)}."
                 )
         self._handles: list[RemovableHandle] = []
+        self._marks: list[Mark] = []
         self._plans: list[Plan] = []
         self._start: Start | None = None
         self._warnings: set[str] = set()
@@ -86,12 +88,13 @@ class Attachment:
             for denoiser in denoisers:
                 self._plans.append(Plan(denoiser, architecture, enabled, clock, self._start, seed, self._warn_once))
             for plan in self._plans:
+                self._marks += [Mark(module) for module in plan.hooked()]
                 for module, hook in plan.tokens.hooks():
                     self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
                 if plan.predictions:
                     self._handles.append(plan.outer.register_forward_hook(plan.end))
                 self._handles.append(plan.outer.register_forward_pre_hook(plan.begin, with_kwargs=True))
-            if any(plan.is_compiled() for plan in self._plans):
+            if not all(mark.tells for mark in self._marks) and any(plan.is_compiled() for plan in self._plans):
                 torch.compiler.reset()  # graphs made without the hooks would go on without them
         except BaseException:
             self.remove()
@@ -101,8 +104,9 @@ class Attachment:
         """Take every hook off again; harmless when done twice."""
         while self._handles:
             self._handles.pop().remove()
-        while self._plans:
-            self._plans.pop().tokens.forget()
+        while self._marks:
+            self._marks.pop().remove()
+        self._plans.clear()
         if self._start is not None:
             self._start.remove()
 

@@ -51,6 +51,10 @@ class Plan:
         self.tokens = TokenEdits(self._call, start)
         self.predictions = PredictionEdits(self._call)
 
+    def hooked(self) -> list[nn.Module]:
+        """The modules with hooks that a graph may hold; the hooks of what torch.compile made run outside of its graph."""
+        return [self._call.denoiser, *(module for module, _ in self.tokens.hooks())]
+
     def is_compiled(self) -> bool:
         """Whether the denoiser or one of its modules is compiled."""
         return any(

@@ -33,7 +33,7 @@ class _Edit:
         self.on = False
         self.place: Place = None
         self.apply = functools.partial(apply, intervention)
-        self.key = compiled.register(self.apply)
+        self.key = compiled.register(self)
 
     def __call__(self, output: Any, run: Callable[[_Edit, Tensor], Tensor]) -> Any:
         """The module's output, edited; `run` is the module with other image tokens."""
@@ -92,11 +92,6 @@ class TokenEdits:
             return hook
 
         return [(module, hook_of(edits)) for module, edits in self._edits_of.items()]
-
-    def forget(self) -> None:
-        """Drop the edits from the register of compiled graphs."""
-        for edit in self._edits:
-            compiled.forget(edit.key)
 
     def begin(self) -> None:
         """Before the denoiser runs: which edits act, and where their tokens are."""
