@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -74,8 +73,7 @@ class Attachment:
                     f"{type(intervention).__name__} derives from no kind of intervention that acts, so nothing would "
                     f"call its edit; derive it from one of {', '.join(kind.__name__ for kind in KINDS)}."
                 )
-        self._handles: list[RemovableHandle] = []
-        self._marks: list[Mark] = []
+        self._handles: list[RemovableHandle | Mark] = []
         self._plans: list[Plan] = []
         self._start: Start | None = None
         self._warnings: set[str] = set()
@@ -88,14 +86,12 @@ class Attachment:
             for denoiser in denoisers:
                 self._plans.append(Plan(denoiser, architecture, enabled, clock, self._start, seed, self._warn_once))
             for plan in self._plans:
-                self._marks += [Mark(module) for module in plan.hooked()]
+                self._handles += plan.marks()
                 for module, hook in plan.tokens.hooks():
                     self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
                 if plan.predictions:
                     self._handles.append(plan.outer.register_forward_hook(plan.end))
                 self._handles.append(plan.outer.register_forward_pre_hook(plan.begin, with_kwargs=True))
-            if not all(mark.tells for mark in self._marks) and any(plan.is_compiled() for plan in self._plans):
-                torch.compiler.reset()  # graphs made without the hooks would go on without them
         except BaseException:
             self.remove()
             raise
@@ -104,8 +100,6 @@ class Attachment:
         """Take every hook off again; harmless when done twice."""
         while self._handles:
             self._handles.pop().remove()
-        while self._marks:
-            self._marks.pop().remove()
         self._plans.clear()
         if self._start is not None:
             self._start.remove()

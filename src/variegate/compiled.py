@@ -16,9 +16,12 @@ from torch import Tensor, nn
 class Edit(Protocol):
     """What edits tokens."""
 
-    apply: Callable[[Tensor], Tensor]
+    @property
+    def apply(self) -> Callable[[Tensor], Tensor]:
+        """The tokens, edited."""
 
 
+_TAGS = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []  # older torch has no such tag
 _EDITS: WeakValueDictionary[int, Edit] = WeakValueDictionary()  # weak: hooks hold them, and pipelines hold the hooks
 _KEYS = itertools.count()
 _MARKS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # how many marks a module has
@@ -31,7 +34,7 @@ def register(edit: Edit) -> Tensor:
     return torch.tensor(key, device="cpu")
 
 
-@torch.library.custom_op("variegate::edit", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+@torch.library.custom_op("variegate::edit", mutates_args=(), tags=_TAGS)
 def edit(tokens: Tensor, key: Tensor) -> Tensor:
     """What the edit of `key` makes of the tokens; always a new tensor, as an operator must."""
     edited = _EDITS[int(key)].apply(tokens)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from variegate.architectures import Architecture
 from variegate.call import POOLED, DenoiserCall
 from variegate.clock import Clock
+from variegate.compiled import Mark
 from variegate.intervention import ConditionIntervention, Intervention, PreviewIntervention
 from variegate.noise import Start
 from variegate.prediction_edits import PredictionEdits
@@ -51,11 +52,15 @@ class Plan:
         self.tokens = TokenEdits(self._call, start)
         self.predictions = PredictionEdits(self._call)
 
-    def hooked(self) -> list[nn.Module]:
-        """The modules with hooks that a graph may hold; the hooks of what torch.compile made run outside of its graph."""
-        return [self._call.denoiser, *(module for module, _ in self.tokens.hooks())]
+    def marks(self) -> list[Mark]:
+        """Mark the modules that get hooks, so that graphs made without them are not taken for those with them."""
+        denoiser, *parts = [Mark(module) for module in (self._call.denoiser, *dict(self.tokens.hooks()))]
+        # The denoiser's own hooks run outside of its graph, unless its caller is compiled.
+        if not all(mark.tells for mark in parts) and self._is_compiled():
+            torch.compiler.reset()
+        return [denoiser, *parts]
 
-    def is_compiled(self) -> bool:
+    def _is_compiled(self) -> bool:
         """Whether the denoiser or one of its modules is compiled."""
         return any(
             module._compiled_call_impl is not None  # module.compile()
