@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, NoReturn
 
-import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from variegate.architectures import Architecture
 from variegate.clock import Clock
+from variegate.compiled import Mark
 from variegate.effects import Effects
 from variegate.gradients import refuse_backward
 from variegate.intervention import KINDS, Intervention
@@ -103,7 +103,7 @@ class Attachment:
                 )
         self.target, self._architecture, self._seed = target, architecture, seed
         self.interventions = tuple(i for i in interventions if i.enabled and i.stop != 0)
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[RemovableHandle | Mark] = []
         self._plans: list[Plan] = []
         self._start: Start | None = None
         self._warnings: set[str] = set()
@@ -153,6 +153,7 @@ class Attachment:
                 )
             )
         for plan in self._plans:
+            self._handles += plan.marks()
             for module, hook in plan.tokens.hooks():
                 self._handles.append(module.register_forward_hook(Hook(hook), with_kwargs=True))
             if plan.predictions or not self._listens:
@@ -160,8 +161,6 @@ class Attachment:
             # The prompts are read before any attachment edits them, whichever came first.
             self._handles.append(plan.outer.register_forward_pre_hook(plan.see, with_kwargs=True, prepend=True))
             self._handles.append(plan.outer.register_forward_pre_hook(plan.begin, with_kwargs=True))
-        if any(plan.is_compiled() for plan in self._plans):
-            torch.compiler.reset()  # graphs made without the hooks would go on without them
 
     def _unhook(self) -> None:
         while self._handles:

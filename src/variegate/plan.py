@@ -14,6 +14,7 @@ from variegate.architectures.layout import unwrapped
 from variegate.caches import uncached
 from variegate.call import POOLED, DenoiserCall
 from variegate.clock import Clock
+from variegate.compiled import Mark
 from variegate.effects import Effects
 from variegate.gradients import refuse_backward
 from variegate.intervention import ConditionIntervention, Intervention, PreviewIntervention
@@ -70,7 +71,15 @@ class Plan:
         """Whether its hooks are where a denoiser runs: it is the same one, with the same blocks."""
         return outer is self.outer and self.tokens.blocks == blocks_of(self._call)
 
-    def is_compiled(self) -> bool:
+    def marks(self) -> list[Mark]:
+        """Mark the modules that get hooks, so that graphs made without them are not taken for those with them."""
+        denoiser, *parts = [Mark(module) for module in (self._call.denoiser, *dict(self.tokens.hooks()))]
+        # The denoiser's own hooks run outside of its graph, unless its caller is compiled.
+        if not all(mark.tells for mark in parts) and self._is_compiled():
+            torch.compiler.reset()
+        return [denoiser, *parts]
+
+    def _is_compiled(self) -> bool:
         """Whether the denoiser or one of its modules is compiled."""
         return any(
             module._compiled_call_impl is not None  # module.compile()

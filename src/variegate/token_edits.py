@@ -45,7 +45,7 @@ class _Edit:
         self.on = False
         self.place: Place = None
         self.apply = functools.partial(apply, self)
-        self.key = compiled.register(self.apply)
+        self.key = compiled.register(self)
 
     def __call__(self, output: Any, run: Callable[[_Edit, Tensor], Tensor]) -> Any:
         """The module's output, edited; `run` is the module with other image tokens."""
@@ -123,11 +123,9 @@ class TokenEdits:
         return [*found, (self.blocks[-1][1], read)] if found else []
 
     def forget(self) -> None:
-        """Drop the edits from the register of compiled graphs, and what remembers them for a backward pass."""
+        """Drop what remembers the edits for a backward pass."""
         self._checkpoints.unwrap()
         self._forgotten = True
-        for edit in self._edits:
-            compiled.forget(edit.key)
 
     def begin(self) -> None:
         """Before the denoiser runs: which edits act, and where their tokens are."""

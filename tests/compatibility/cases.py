@@ -16,7 +16,7 @@ import functools
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -84,6 +84,7 @@ class Case:
         apply: does it, and returns the pipeline to call.
         build: makes the pipeline.
         run: calls it.
+        compiles: whether graphs are made. Those of another pipeline are there before, which is never attached to.
         own: whether it changes the images by itself.
         reference: of a case that doesn't: the pipeline whose images it must have.
         plainly: how that pipeline is called.
@@ -99,6 +100,7 @@ class Case:
     apply: Change = unchanged
     build: Build = tiny_sd3
     run: Run = run
+    compiles: bool = False
     own: bool = False
     reference: Change = unchanged
     plainly: Run | None = None
@@ -110,7 +112,8 @@ class Case:
     other: bool = False
 
 
-RESET = "attaching and detaching compile anew: earlier graphs know nothing of later hooks"
+ANEW = "the first run with hooks compiles anew; later attachments of the same kind, and runs without one, do not"
+SHARED = "blocks of a class share a graph, and those without hooks another; the edit finds its block at run time"
 SKIPS = "an edit of a block that the cache skips has no effect"
 FASTER = "reach its blocks, so their samples can't be told apart; switch off what splits the batch"
 CALLED = "attach to the pipeline that is called: of others with the same denoiser an attachment leaves the calls alone"
@@ -118,6 +121,7 @@ SPLIT = "runs under context parallelism, which splits the tokens of a sample ove
 
 # Compilation. The backend runs the graphs as they are and counts the edits in them.
 
+compiling = functools.partial(Case, compiles=True)
 EDITS_IN_GRAPHS: list[int] = []
 
 
@@ -349,9 +353,15 @@ def split_tokens(pipe: Any) -> Any:
 # Other ways to call.
 
 
-def bare(name: str) -> Build:
+def bare(name: str, **changes: Any) -> Build:
     """A denoiser alone; a namespace holds it, so that `transformer` can be replaced as in a pipeline."""
-    return lambda: SimpleNamespace(transformer=tiny(name))
+    return lambda: SimpleNamespace(transformer=tiny(name, **changes))
+
+
+# Of a U-Net, whose compilation is slow.
+SHALLOW = {
+    "block_out_channels": (8,), "down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)
+}  # fmt: skip
 
 
 def run_bare(pipe: Any) -> Tensor:
@@ -483,13 +493,57 @@ def both_alone(*names: str) -> Callable[[Case], Tensor]:
 
 
 CASES = (
-    Case("`torch.compile(pipe.transformer)`", compiled(backend=counting), short_sd3, note=RESET),
-    Case("`torch.compile(pipe.transformer, fullgraph=True)`", compiled(backend=counting, fullgraph=True), short_flux),
-    Case("`pipe.transformer.compile(fullgraph=True)`", compiled_in_place, short_sd3),
-    Case("`pipe.transformer.compile_repeated_blocks(fullgraph=True)`", compiled_blocks, short_flux),
-    Case("`pipe.transformer.forward = torch.compile(pipe.transformer.forward)`", compiled_forward, short_sd3),
-    Case("`torch.compile` of a block, put back into its list", one_compiled_block, short_sd3),
-    Case('the same, `site="attention"`', one_compiled_block, short_sd3, intervention=ATTENTION),
+    compiling("`torch.compile(pipe.transformer)`", compiled(backend=counting), short_sd3, note=ANEW),
+    compiling(
+        "`torch.compile(pipe.transformer, fullgraph=True)`", compiled(backend=counting, fullgraph=True), short_flux
+    ),
+    compiling("`pipe.transformer.compile(fullgraph=True)`", compiled_in_place, short_sd3),
+    compiling(
+        "the same, PixArt",
+        compiled_in_place,
+        bare("PixArtTransformer2DModel"),
+        run_bare,
+        intervention=CROSSING,
+        target=transformer,
+    ),
+    compiling(
+        "the same, Qwen-Image", compiled_in_place, bare("QwenImageTransformer2DModel"), run_bare, target=transformer
+    ),
+    compiling(
+        "the same, a U-Net",
+        compiled_in_place,
+        bare("UNet2DConditionModel", **SHALLOW),
+        run_bare,
+        intervention=CROSSING,
+        target=transformer,
+    ),
+    compiling("`pipe.transformer.compile_repeated_blocks(fullgraph=True)`", compiled_blocks, short_flux),
+    compiling(
+        'the same, `site="attention"` of some blocks',
+        compiled_blocks,
+        tiny_flux,
+        intervention=replace(ATTENTION, blocks=(1, 2)),  # the second of the dual-stream blocks, the first of the others
+        note=SHARED,
+    ),
+    compiling(
+        'the same, Wan, `site="cross_attention"` of the last block',
+        compiled_blocks,
+        bare("WanTransformer3DModel"),
+        run_bare,
+        intervention=replace(CROSSING, blocks=(1,)),
+        target=transformer,
+    ),
+    compiling(
+        'the same, Kandinsky 5, `site="cross_attention"` of the first block',
+        compiled_blocks,
+        bare("Kandinsky5Transformer3DModel"),
+        run_bare,
+        intervention=replace(CROSSING, blocks=(0,)),
+        target=transformer,
+    ),
+    compiling("`pipe.transformer.forward = torch.compile(pipe.transformer.forward)`", compiled_forward, short_sd3),
+    compiling("`torch.compile` of a block, put back into its list", one_compiled_block, short_sd3),
+    compiling('the same, `site="attention"`', one_compiled_block, short_sd3, intervention=ATTENTION),
     Case("`enable_model_cpu_offload`", offloaded, note="run with the CPU as the device"),
     Case(
         "`enable_sequential_cpu_offload`",
@@ -604,6 +658,11 @@ def hook_count(pipe: Any) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for d in denoisers for m in d.modules())
 
 
+def own_forwards(pipe: Any) -> int:
+    """Modules of the denoiser whose `forward` is not simply that of their class."""
+    return sum("forward" in vars(module) for module in pipe.transformer.modules())
+
+
 @functools.cache
 def reference(case: Case) -> tuple[Tensor, Tensor]:
     """The images without and with an attachment where nothing was done."""
@@ -620,6 +679,8 @@ def attached(case: Case, order: str, intervention: ContextualRepulsion) -> tuple
     """The images during and after an attachment, and the edits in each graph that was compiled."""
     torch.compiler.reset()
     EDITS_IN_GRAPHS.clear()
+    other = case.apply(case.build()) if case.compiles else None
+    alone = case.run(other) if other else None
     pipe = case.build()
     if order == "attach first":
         attachment = attach(case.target(pipe), intervention)
@@ -633,7 +694,12 @@ def attached(case: Case, order: str, intervention: ContextualRepulsion) -> tuple
             warnings.simplefilter("ignore", UserWarning)
         with attachment:
             during = case.run(pipe)
-    assert hook_count(pipe) == hook_count(case.apply(case.build())), "a hook is left"
+            if other:
+                assert torch.equal(case.run(other), alone), "another pipeline is changed"
+                assert torch.equal(case.run(pipe), during), "another pipeline changes what is attached"
+    clean = case.apply(case.build())
+    assert hook_count(pipe) == hook_count(clean), "a hook is left"
+    assert own_forwards(pipe) == own_forwards(clean), "a mark is left"
     return during, case.run(pipe), list(EDITS_IN_GRAPHS)
 
 
