@@ -196,7 +196,11 @@ def _written(path: Path, header: Header, notes: Counter[str]) -> _Told | None:
         except NoRecipeError:
             notes[f"have a {METADATA_KEY} text that is no recipe of ours, and count as anybody's"] += 1
         else:
-            facts = tuple((name, _stated(recipe.get(name))) for name in (*FACTS, "size"))
+            named = {name: recipe.get(name) for name in (*FACTS, "size")}
+            if isinstance(parameters := named["parameters"], dict):
+                del named["parameters"]
+                named |= {f"{name} of the method" if name in named else name: parameters[name] for name in parameters}
+            facts = tuple((name, _stated(named[name])) for name in sorted(named))
             return _Told("recipe", str(recipe.get("method", "")), str(recipe["prompt"]), facts)
     prompt = a1111_prompt(texts.get("parameters", "")) or comfyui_prompt(texts.get("prompt", ""))
     if prompt is not None:
