@@ -34,7 +34,7 @@ from variegate.metrics import (
 from variegate.metrics.features import to_tensors
 from variegate.scoring import earlier, save, score
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*: left out .* of other kinds")  # what pytest leaves beside pictures
+pytestmark = pytest.mark.filterwarnings("ignore:.* left out .* of other kinds")  # what pytest leaves beside pictures
 
 
 @pytest.fixture(scope="module")

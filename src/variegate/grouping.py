@@ -259,7 +259,7 @@ def _parts(pattern: str) -> list[tuple[str, str | None]]:
 def _fields(parts: Sequence[tuple[str, str | None]], path: str) -> dict[str, str] | None:
     """What stands in a path for each field, the first as short as can be; None if it doesn't match.
 
-    For every place of the path that the parts so far can end at, the best fields: no path takes long.
+    For every place of the path that the parts so far can end at, the fields: no path takes long.
     """
     for numbers in (ALIKE, ()):
         ends: dict[int, dict[str, str]] = {0: {}}
@@ -280,13 +280,8 @@ def _fields(parts: Sequence[tuple[str, str | None]], path: str) -> dict[str, str
                     if name in numbers:
                         choices = [end for end in choices if path[start:end].isdecimal()]
                 for end in choices:
-                    now = fields if name is None else {**fields, name: path[start:end]}
-                    if end not in ends or _lengths(now) < _lengths(ends[end]):
-                        ends[end] = now
+                    # Starts come in the order of their fields' lengths, so the first to get here has the shortest.
+                    ends.setdefault(end, fields if name is None else {**fields, name: path[start:end]})
         if len(path) in ends:
             return ends[len(path)]
     return None
-
-
-def _lengths(fields: Mapping[str, str]) -> list[int]:
-    return [len(value) for value in fields.values()]
