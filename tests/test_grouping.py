@@ -56,6 +56,7 @@ def names(folder, pattern=None):
             ("m/a-b/a-b-1.png", "m/a-b/a-b-2.png", "m/a/a-1.png"),
             {"model m, prompt a-b": "m/a-b/a-b-1.png m/a-b/a-b-2.png", "model m, prompt a": "m/a/a-1.png"},
         ),
+        ("{a}_{b}_{c}.png", ("1_2_3_4.png",), {"a 1, b 2, c 3_4": "1_2_3_4.png"}),
         ("{{{prompt}}}{seed}.png", ("{a}1.png", "{a}2.png"), {"a": "{a}1.png {a}2.png"}),
     ],
 )

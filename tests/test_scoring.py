@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -31,7 +32,7 @@ from variegate.metrics import (
     prdc,
     vendi_score,
 )
-from variegate.metrics.features import to_tensors
+from variegate.metrics.features import Features, Network, to_tensors
 from variegate.scoring import earlier, save, score
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* left out .* of other kinds")  # what pytest leaves beside pictures
@@ -243,6 +244,9 @@ def test_a_file_of_no_scores_is_one_sentence(foreign, tmp_path):
     for file in ("pipe.json", "nowhere.json", "."):
         with pytest.raises(ValueError, match="has no scores"):
             earlier(found, tmp_path / file)
+    assert (
+        "nowhere.json has no scores" in command(foreign / "none", "--compare", "nowhere.json")[2]
+    )  # is looked at first
 
 
 def test_earlier_scores_that_others_named_do_not_steer_the_terminal(foreign, tmp_path):
@@ -384,6 +388,23 @@ def test_clip_scores_the_prompts_that_other_programs_wrote(four, tmp_path):
     expected = clip_score(network(pictures), network.texts(["a cat", "a dog"] * 2)).mean().item()
     assert one.clip_score == pytest.approx(expected, rel=1e-4)
     assert one.grouping == "2 by prompt: a cat, a dog"
+
+
+def test_a_network_is_given_one_picture_at_a_time(four):
+    alive: list[weakref.ref] = []
+    most = []
+
+    def forward(images):
+        rows = []
+        for image in images:
+            alive.append(weakref.ref(image))
+            most.append(sum(reference() is not None for reference in alive))
+            rows.append(torch.tensor(image.getpixel((0, 0)), dtype=torch.float32) + 1)
+        return torch.stack(rows)
+
+    [one] = score([four], extractor=Network(Features("mean", "none", "none"), forward, batch_size=4))
+    assert one.images == len(most) == 4
+    assert max(most) <= 2  # the next is read before the last is let go
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak of memory as Linux counts it")
