@@ -13,7 +13,18 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from torch import nn
 
-from variegate.metrics import efficientnet_lite0, extractors, kid, mean_pairwise_distance, vendi_score
+from variegate.metrics import (
+    clip_score,
+    efficientnet_lite0,
+    extractors,
+    fid,
+    kid,
+    mean_pairwise_distance,
+    mean_pairwise_ms_ssim,
+    mean_pairwise_vendi,
+    prdc,
+    vendi_score,
+)
 from variegate.metrics.extractors import blurred
 
 ROOT = Path(__file__).parents[1]
@@ -83,8 +94,60 @@ def test_measures_need_rows_with_a_direction(measure, least):
     for value in (0.0, math.nan, math.inf):
         rows = torch.eye(3)
         rows[1, 1] = value
-        with pytest.raises(ValueError, match="row that is zero or not finite"):
+        with pytest.raises(ValueError, match=r"a row that is zero|NaN or infinite values, in 1 of 3 rows"):
             measure(rows)
+
+
+@pytest.mark.filterwarnings("ignore:.* has 8 rows of width 8")
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_no_measure_takes_what_is_not_finite(value, dtype):
+    rows, good = torch.eye(8, dtype=dtype), torch.eye(8, dtype=dtype)
+    rows[5, 2] = value
+    for measure in (vendi_score, mean_pairwise_vendi, mean_pairwise_distance):
+        with pytest.raises(ValueError, match="features has NaN or infinite values, in 1 of 8 rows"):
+            measure(torch.stack([good, rows])[1])
+    for measure in (kid, fid, prdc, clip_score):
+        for first, second in ((rows, good), (good, rows)):
+            with pytest.raises(ValueError, match="has NaN or infinite values, in 1 of 8 rows; measure without them"):
+                measure(first, second)
+    pixels = torch.zeros(2, 3, 16, 16, dtype=dtype)
+    pixels[1, 2, 3, 4] = value
+    with pytest.raises(ValueError, match="images has NaN or infinite values, in 1 of 96 rows"):
+        mean_pairwise_ms_ssim(pixels)
+
+
+@pytest.mark.parametrize("exponent", [-1000, -540, -3, 500, 1000])
+def test_measures_of_directions_do_not_depend_on_the_scale(exponent):
+    rows, other = noise(6, 5).double(), noise(6, 5, seed=1).double()
+    scale = 2.0**exponent  # a power of two, so that nothing else is rounded
+    for measure in (vendi_score, mean_pairwise_vendi, mean_pairwise_distance):
+        assert measure(scale * rows).item() == measure(rows).item()
+    torch.testing.assert_close(clip_score(scale * rows, other), clip_score(rows, other), rtol=0, atol=0)
+    torch.testing.assert_close(clip_score(rows, scale * other), clip_score(rows, other), rtol=0, atol=0)
+    assert prdc(scale * rows, scale * other, k=2) == prdc(rows, other, k=2)
+    assert 0 < prdc(rows, other, k=2).precision < 1
+    if abs(exponent) < 512:  # else its square is no number
+        assert fid(scale * rows, scale * other).item() == scale**2 * fid(rows, other).item()
+
+
+def test_the_smallest_and_largest_numbers_have_a_direction():
+    rows = torch.tensor([[5e-324, 0.0], [1.7e308, 1.7e308], [0.0, 1e-310]], dtype=torch.float64)
+    assert mean_pairwise_distance(rows).item() == pytest.approx(1 - (2 * 0.5**0.5 + 0) / 3, rel=1e-12)
+
+
+def test_features_whose_distances_overflow_are_refused():
+    rows = 1e200 * noise(8, 2).double()
+    with pytest.raises(ValueError, match="so large that their products to the power of 3 overflow"):
+        kid(rows, rows + 1e200)
+    with pytest.raises(ValueError, match="so large that squares of their distances overflow"):
+        fid(rows, 2 * rows)
+
+
+@pytest.mark.parametrize("measure", [vendi_score, mean_pairwise_distance, lambda x: clip_score(x, x)])
+def test_features_without_values_are_refused(measure):
+    with pytest.raises(ValueError, match=r"has shape \(3, 0\), which is empty"):
+        measure(torch.ones(3, 0))
 
 
 @pytest.mark.parametrize("scale", [None, 1.0])

@@ -198,6 +198,8 @@ def test_lpips_is_that_of_its_authors(vgg16):
 def test_lpips_refuses_what_it_cannot_do(vgg16, tmp_path):
     with pytest.raises(ValueError, match="N at least 2, sides at least 16"):
         LPIPS(vgg16).mean_pairwise(torch.zeros(2, 3, 15, 40))
+    with pytest.raises(ValueError, match="images has NaN or infinite values, in 96 of 96 rows"):
+        LPIPS(vgg16).mean_pairwise(torch.full((2, 3, 16, 16), torch.nan))
     with pytest.raises(ValueError, match=r"nowhere' can't be loaded.*hf download timm/vgg16\.tv_in1k model\.safe"):
         LPIPS(tmp_path / "nowhere")
     save_file({"features.0.weight": torch.zeros(64, 3, 3, 3)}, tmp_path / "model.safetensors")

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from typer.testing import CliRunner
 
 from networks import save_clip, save_vgg16
@@ -27,8 +32,10 @@ from variegate.metrics import (
     prdc,
     vendi_score,
 )
-from variegate.metrics.features import to_tensors
+from variegate.metrics.features import Features, Network, to_tensors
 from variegate.scoring import earlier, save, score
+
+pytestmark = pytest.mark.filterwarnings("ignore:.* left out .* of other kinds")  # what pytest leaves beside pictures
 
 
 @pytest.fixture(scope="module")
@@ -201,10 +208,56 @@ def test_scores_without_a_counterpart(foreign, tmp_path):
     save(unstated, old)
     with pytest.raises(ValueError, match=r"its features is 'unstated', and that of .* 'unstated'"):
         earlier(unstated, old)
-    for text in ("[{}]", "{", "3"):
-        old.write_text(text)
-        with pytest.raises(ValueError, match=r"old\.json has no scores"):
+
+
+def test_a_file_of_no_scores_is_one_sentence(foreign, tmp_path):
+    old = tmp_path / "old.json"
+    with pytest.warns(UserWarning, match="left out"):
+        found = score([foreign], extractor=brightness)
+    save(found, old)
+    [facts] = json.loads(old.read_text())
+    assert earlier(found[:0], old) == []
+    wrong = [{**facts, name: value} for name in facts for value in (True, [], {})]
+    wrong += [{**facts, name: 1} for name in ("name", "features", "reference", "ms_ssim_of", "grouping")]
+    wrong += [{**facts, name: "1"} for name in ("images", "vendi", "kid")] + [{**facts, "images": 1.5}]
+    wrong += [{**facts, "vendi": float("nan")}, {**facts, "kid": float("inf")}, {**facts, "vendi": None}]
+    wrong += [{**facts, "more": 1}, {name: value for name, value in facts.items() if name != "vendi"}]
+    texts = [json.dumps([facts, one]) for one in wrong]
+    texts += [
+        "[{}]",
+        "{",
+        "3",
+        "",
+        "null",
+        json.dumps(facts),
+        "[" * 200_000,
+        '[{"name":' * 100_000,
+        b"\xff\xfe[",
+    ]
+    for text in texts:
+        old.write_bytes(text if isinstance(text, bytes) else text.encode())
+        with pytest.raises(
+            ValueError, match=r"old\.json has no scores; use a file that `variegate score --json` wrote"
+        ):
             earlier(found, old)
+    os.mkfifo(tmp_path / "pipe.json")
+    for file in ("pipe.json", "nowhere.json", "."):
+        with pytest.raises(ValueError, match="has no scores"):
+            earlier(found, tmp_path / file)
+    assert (
+        "nowhere.json has no scores" in command(foreign / "none", "--compare", "nowhere.json")[2]
+    )  # is looked at first
+
+
+def test_earlier_scores_that_others_named_do_not_steer_the_terminal(foreign, tmp_path):
+    with pytest.warns(UserWarning, match="left out"):
+        found = score([foreign], extractor=efficientnet_lite0())
+    save([replace(found[0], name=f"\x1b[{place}m" + "x" * 500) for place in range(100)], tmp_path / "old.json")
+    with pytest.raises(ValueError, match=r"but of \?\[0mx{52} \.\.\.(, .*){7} and others\.$"):
+        earlier(found, tmp_path / "old.json")
+    save([replace(found[0], features="\x1b" * 500)], tmp_path / "old.json")
+    with pytest.raises(ValueError, match=r"its features is '\?{196} \.\.\.', and that of"):
+        earlier(found, tmp_path / "old.json")
 
 
 def test_a_score_file_is_whole_or_not_there(foreign, tmp_path):
@@ -234,6 +287,142 @@ def test_bad_folders_are_one_sentence(tmp_path):
     assert "extractor='vgg' is unknown" in error(tmp_path, "--extractor", "vgg")
     (tmp_path / "two.png").write_bytes(b"not an image")
     assert "two.png can't be read as a picture" in error(tmp_path)
+
+
+@pytest.fixture
+def four(tmp_path):
+    """Four good pictures in a folder."""
+    folder = tmp_path / "four"
+    folder.mkdir()
+    for place, colour in enumerate(("red", "green", "blue", "white")):
+        picture(colour).save(folder / f"{place}.png")
+    return folder
+
+
+@pytest.mark.parametrize("where", ["folder", "reference"])
+def test_a_broken_file_is_refused_or_left_out_aloud(four, tmp_path, where):
+    expected = score([four])[0]
+    with open(four / "1.png", "rb") as file:
+        (four / "bad.png").write_bytes(file.read()[:-20])
+    other = tmp_path / "other"
+    other.mkdir()
+    picture("red").save(other / "0.png")
+    picture("blue").save(other / "1.png")
+    words = [four] if where == "folder" else [other, "--reference", four]
+    code, out, error = command(*words, "--json", tmp_path / "new" / "s.json")
+    assert (code, out) == (2, "")
+    assert error == f"Error: {four}/bad.png can't be read as a picture: it is truncated."
+    assert not (tmp_path / "new").exists()
+    code, out, error = command(*words, "--json", tmp_path / "s.json", "--skip-bad")
+    assert code == 0
+    assert "left out 1 of 5 images as broken" in error
+    assert "bad.png can't be read" in error
+    [found] = json.loads((tmp_path / "s.json").read_text())
+    if where == "folder":
+        assert (found["images"], found["vendi"]) == (4, pytest.approx(expected.vendi))
+    else:
+        assert found["reference"].startswith("4 images ")
+
+
+def test_a_file_that_breaks_behind_its_header_is_refused_as_well(four):
+    picture("red", (256, 256)).resize((256, 256)).save(four / "half.jpg")
+    data = (four / "half.jpg").read_bytes()
+    (four / "half.jpg").write_bytes(data[: len(data) * 2 // 3])
+    code, _, error = command(four)
+    assert code == 2
+    assert "half.jpg can't be read as a picture: image file is truncated" in error
+    assert command(four, "--skip-bad")[0] == 0
+
+
+def test_what_is_left_out_is_said_and_the_groups_are_shown(four):
+    (four / ".hidden.png").touch()
+    (four / "sub.png").mkdir()
+    (four / "__MACOSX").mkdir()
+    os.mkfifo(four / "pipe.png")
+    (four / "notes.txt").touch()
+    code, out, error = command(four, f"{four}/../four", "--reference", four)
+    assert code == 0
+    left_out = "1 __MACOSX, 1 folders named like a picture, 1 hidden, 1 of other kinds (*.txt), 1 special files."
+    assert error.count(f"four: left out {left_out}") == 2  # for the folder and for the reference
+    assert "given twice; it counts once." in error
+    assert f"Groups of {four}: 1 by folder: four/." in out
+    assert out.splitlines()[-1].endswith("rows of length 1, transparent parts on white.")
+
+
+def test_groups_by_a_pattern(four, tmp_path):
+    for seed in range(2):
+        for prompt in range(2):
+            (tmp_path / "x" / f"{seed}").mkdir(parents=True, exist_ok=True)
+            picture(("red", "blue")[prompt]).save(tmp_path / "x" / f"{seed}" / f"gen_{prompt}.png")
+    code, out, error = command(tmp_path / "x", "--group-by", "{seed}/gen_{prompt}.png")
+    assert (code, error) == (0, "")
+    assert "2 by pattern: 0, 1." in out
+    [one] = score([tmp_path / "x"], group_by="{seed}/gen_{prompt}.png")
+    assert one.vendi == pytest.approx(1)
+    assert score([tmp_path / "x"])[0].vendi > 1.1
+    code, out, error = command(tmp_path / "x", "--group-by", "{seed}/{prompt}.jpg")
+    assert (code, out) == (2, "")
+    assert "group_by='{seed}/{prompt}.jpg' matches none of the 4 pictures in" in error
+
+
+def test_a_picture_of_no_recipe_is_anybodys(four):
+    info = PngInfo()
+    info.add_text("variegate", "made by my own script")
+    picture("red").save(four / "0.png", pnginfo=info)
+    code, out, error = command(four)
+    assert code == 0
+    assert "four: 1 of 4 pictures have a variegate text that is no recipe of ours, and count as anybody's." in error
+    assert "1 by folder: four/." in out
+
+
+def test_clip_scores_the_prompts_that_other_programs_wrote(four, tmp_path):
+    save_clip(tmp_path)
+    network = clip(tmp_path)
+    assert score([four], extractor=network)[0].clip_score is None
+    pictures = [picture(colour) for colour in ("red", "green", "blue", "white")]
+    for place, image in enumerate(pictures):
+        info = PngInfo()
+        info.add_text("parameters", f"{('a cat', 'a dog')[place % 2]}\nSteps: 20, Seed: {place}")
+        image.save(four / f"{place}.png", pnginfo=info)
+    [one] = score([four], extractor=network)
+    expected = clip_score(network(pictures), network.texts(["a cat", "a dog"] * 2)).mean().item()
+    assert one.clip_score == pytest.approx(expected, rel=1e-4)
+    assert one.grouping == "2 by prompt: a cat, a dog"
+
+
+def test_a_network_is_given_one_picture_at_a_time(four):
+    alive: list[weakref.ref] = []
+    most = []
+
+    def forward(images):
+        rows = []
+        for image in images:
+            alive.append(weakref.ref(image))
+            most.append(sum(reference() is not None for reference in alive))
+            rows.append(torch.tensor(image.getpixel((0, 0)), dtype=torch.float32) + 1)
+        return torch.stack(rows)
+
+    [one] = score([four], extractor=Network(Features("mean", "none", "none"), forward, batch_size=4))
+    assert one.images == len(most) == 4
+    assert max(most) <= 2  # the next is read before the last is let go
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak of memory as Linux counts it")
+def test_memory_does_not_grow_with_the_number_of_large_pictures(tmp_path):
+    for count in (2, 32):
+        (tmp_path / f"{count}").mkdir()
+        for place in range(count):
+            picture((8 * place, 50, 90), (1024, 1024)).save(tmp_path / f"{count}" / f"{place}.png", compress_level=1)
+    code = (
+        "import resource, sys; from variegate.scoring import score\n"
+        "for folder in sys.argv[1:]:\n"
+        "    score([folder], reference=folder)\n"
+        "    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path / "2"), str(tmp_path / "32")]
+    few, many = map(int, subprocess.check_output(words, text=True).split())
+    # One such picture takes 12 MB as floats, and the network up to 3 MB for each picture of a batch.
+    assert many - few < 150
 
 
 def test_a_diagnosis_is_between_its_two_extremes():

@@ -234,6 +234,16 @@ def score(
     lpips: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Also measure LPIPS: timm/vgg16.tv_in1k, or a folder of it.")
     ] = None,
+    group_by: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Path below the folder with fields, as {seed}/gen_{prompt}.png: files that agree in all but seed, n "
+            "and index are a group.",
+            show_default="by recipe, else the prompt in the file, else subfolder",
+        ),
+    ] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out images that can't be read.")] = False,
     compare: Annotated[Path | None, typer.Option(help="An earlier --json file: show ratios to its numbers.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="File for the numbers.")] = None,
 ) -> None:
@@ -241,14 +251,17 @@ def score(
     with plain_errors():
         from variegate import metrics
         from variegate.gallery import check_writable
+        from variegate.grouping import shown
         from variegate.scoring import earlier, save
         from variegate.scoring import score as measure
 
         if json_file is not None:
             check_writable(json_file.parent)
+        if compare is not None:
+            earlier((), compare)  # can it be read?
         eyes = metrics.extractor(extractor, model=model, device=device)
         network = None if lpips is None else metrics.LPIPS(lpips, device=device)
-        scores = measure(folders, reference, eyes, ms_ssim=ms_ssim, lpips=network)
+        scores = measure(folders, reference, eyes, ms_ssim=ms_ssim, lpips=network, group_by=group_by, skip_bad=skip_bad)
         before = [None] * len(scores) if compare is None else earlier(scores, compare)
         if json_file is not None:
             save(scores, json_file)
@@ -264,21 +277,25 @@ def score(
         }))  # fmt: skip
         if all(found.fid is None for found in scores):
             console.print("No FID: it takes more images, and more of the reference, than a feature has values.")
-    console.print(f"Features: {scores[0].features}.", highlight=False)
+    for found in scores:
+        typer.echo(f"Groups of {shown(found.name, 200)}: {found.grouping}.")
+    typer.echo(f"Features: {scores[0].features}.")
 
 
 def _score_table(scores: Sequence[Any], before: Sequence[Any], columns: dict[str, str]) -> Table:
     """Measures, without those that none has, and their ratios to earlier ones above 0 (KID can be below)."""
-    shown = {name: title for name, title in columns.items() if any(getattr(s, name) is not None for s in scores)}
-    table = Table("folder", *shown.values())
+    from variegate.grouping import shown
+
+    columns = {name: title for name, title in columns.items() if any(getattr(s, name) is not None for s in scores)}
+    table = Table("folder", *columns.values())
     for found, then in zip(scores, before, strict=True):
         cells = []
-        for name in shown:
+        for name in columns:
             value, old = getattr(found, name), getattr(then, name, None)
             text = "-" if value is None else f"{value:.4g}"
             comparable = isinstance(value, float) and old is not None and old > 0
             cells.append(f"{text} ({value / old:.2f}x)" if comparable else text)
-        table.add_row(escape(found.name), *cells)
+        table.add_row(escape(shown(found.name, 200)), *cells)
     return table
 
 

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from variegate.files import replacing
-from variegate.gallery import read_recipe
+from variegate.grouping import describe, rows_of, shown, usable
+from variegate.pictures import GROUND, Pictures
 
 if TYPE_CHECKING:
     from variegate.metrics import LPIPS, Extractor
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-AT_ONCE = 64
+AT_ONCE = 16  # for a function of somebody's, which gets a list
+MOST_EARLIER = 1 << 26  # bytes
 NEIGHBOURS = 5
 UNSTATED = "unstated"
 
@@ -34,7 +35,7 @@ class Score:
     Attributes:
         name: the folder.
         images: how many there are.
-        groups: of how many prompts; diversity is within each, and then averaged.
+        groups: of two and more; diversity is within each, and then averaged.
         features: how they were made; "unstated" for a function that has no `features` to tell.
         vendi: effective number of distinct images of a group, mean over groups; at most the images of a group.
         pair_vendi: the same of two images of a group, mean over pairs and groups, in [1, 2].
@@ -51,6 +52,7 @@ class Score:
         recall: share of reference images that are near an image.
         density: how close the images lie to the reference; 1 for more of the same.
         coverage: share of reference images that have an image near.
+        grouping: what told the groups, and the names of the first.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Score:
     recall: float | None = None
     density: float | None = None
     coverage: float | None = None
+    grouping: str | None = None
 
 
 def score(
@@ -81,25 +84,35 @@ def score(
     *,
     ms_ssim: bool = False,
     lpips: LPIPS | None = None,
+    group_by: str | None = None,
+    skip_bad: bool = False,
 ) -> list[Score]:
     """Measure the images of folders.
 
-    Images that variegate made are grouped by prompt and method, as they say themselves; others by subfolder. Files
-    named sheet.png are left out. An image that has no other of its prompt counts only towards the reference.
+    Images are read as `pictures.load` does, and grouped as `grouping.grouped` says: by `group_by`; else by the
+    recipes of images that variegate made, with a score for each method; else by the prompt that A1111 or ComfyUI
+    wrote into them; else by subfolder. An image that has no other of its group counts only towards the reference.
 
     Args:
-        folders: searched with their subfolders.
+        folders: searched with their subfolders, for files as `pictures.find` says; given twice, one counts once.
         reference: folder of images to measure the distance to.
         extractor: images to features: a name, as for `metrics.extractor`, or a function.
         ms_ssim: also measure structural similarity; needs images of one size.
         lpips: also measure perceptual distance, by this network; needs images of one size.
+        group_by: path below a folder with fields, such as `{seed}/gen_{prompt}.png`: what agrees in all of them but
+            `seed`, `n` and `index` is a group.
+        skip_bad: leave out images that can't be read, which are refused otherwise.
 
     Returns:
         One score for each folder, and for each method in it.
 
     Raises:
         ValueError: if a folder is missing, has no images or an unreadable one, or has no group of two; if the
-            extractor is unknown; or if images that must be of one size are not.
+            extractor is unknown; if images that must be of one size are not; if `group_by` fits no image; if an
+            image has a recipe of ours that is broken.
+
+    Warns:
+        UserWarning: of everything that was left out, and of pictures that could not be grouped by what is in them.
 
     Example:
         >>> import tempfile
@@ -107,52 +120,51 @@ def score(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     _ = generate(Request(("an animal",), n=2, steps=4, method="none")).save(folder)
         ...     [found] = score([folder])
-        >>> found.images, found.groups, 1 < found.vendi < 2
-        (2, 1, True)
+        >>> found.images, found.groups, found.grouping, 1 < found.vendi < 2
+        (2, 1, '1 by recipe: an animal', True)
     """
     from variegate import metrics
 
     extract = metrics.extractor(extractor) if isinstance(extractor, str) else extractor
-    methods_of = {folder: _grouped(folder) for folder in folders}
+    notes: list[str] = []
+    files = () if reference is None else tuple(usable(reference, notes, skip_bad=skip_bad))
+    if len(files) == 1:
+        raise ValueError(f"{reference} has one image; a reference needs at least two.")
+    rows = rows_of(folders, notes, group_by, skip_bad=skip_bad)
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
     real, stated = None, None
-    if reference is not None:
-        files = _images(reference)
-        if len(files) < 2:
-            raise ValueError(f"{reference} has one image; a reference needs at least two.")
+    if files:
         real, stated = _features(files, extract), f"{len(files)} images {_digest(files)}"
     scores = []
-    for folder, methods in methods_of.items():
-        for method, prompts in methods.items():
-            name = f"{folder}{f' ({method})' if method else ''}"
-            groups = [_features(paths, extract) for paths in prompts.values()]
-            company = [rows for rows in groups if len(rows) > 1]
-            if not company:
-                raise ValueError(f"{name} has no two images of one prompt, so there is no diversity to measure.")
-            if alone := len(groups) - len(company):
-                warnings.warn(
-                    f"{name}: {alone} of {len(groups)} groups are a single image, without diversity.", stacklevel=2
-                )
-            every = torch.cat(groups)
-            measures: dict[str, Any] = {} if real is None else _beside(every, real)
-            if isinstance(extract, metrics.Clip) and method:
-                sizes = torch.tensor([len(rows) for rows in groups], device=every.device)
-                texts = extract.texts(list(prompts)).repeat_interleave(sizes, dim=0)
-                measures["clip_score"] = metrics.clip_score(every, texts).mean().item()
-            if ms_ssim or lpips:
-                measures |= _of_pixels(name, [paths for paths in prompts.values() if len(paths) > 1], ms_ssim, lpips)
-            scores.append(
-                Score(
-                    name=name,
-                    images=len(every),
-                    groups=len(company),
-                    features=str(getattr(extract, "features", UNSTATED)),
-                    vendi=_mean(metrics.vendi_score, company),
-                    pair_vendi=_mean(metrics.mean_pairwise_vendi, company),
-                    distance=_mean(metrics.mean_pairwise_distance, company),
-                    reference=stated,
-                    **measures,
-                )
+    for name, members in rows.items():
+        found = [_features(group.files, extract) for group in members]
+        company = [rows for rows in found if len(rows) > 1]
+        every = torch.cat(found)
+        measures: dict[str, Any] = {} if real is None else _beside(every, real)
+        prompts = [group.prompt for group in members if group.prompt is not None]
+        if isinstance(extract, metrics.Clip) and len(prompts) == len(members):
+            sizes = torch.tensor([len(rows) for rows in found], device=every.device)
+            texts = extract.texts(prompts).repeat_interleave(sizes, dim=0)
+            measures["clip_score"] = metrics.clip_score(every, texts).mean().item()
+        shared = [group for group in members if len(group.files) > 1]
+        if ms_ssim or lpips:
+            measures |= _of_pixels(name, [group.files for group in shared], ms_ssim, lpips)
+        seen_as = getattr(extract, "features", None)
+        scores.append(
+            Score(
+                name=name,
+                images=len(every),
+                groups=len(company),
+                features=UNSTATED if seen_as is None else f"{seen_as}, {GROUND}",
+                vendi=_mean(metrics.vendi_score, company),
+                pair_vendi=_mean(metrics.mean_pairwise_vendi, company),
+                distance=_mean(metrics.mean_pairwise_distance, company),
+                reference=stated,
+                grouping=describe(shared),
+                **measures,
             )
+        )
     return scores
 
 
@@ -171,24 +183,41 @@ def earlier(scores: Sequence[Score], file: str | Path) -> list[Score]:
         ValueError: if the file has no scores or not the right ones, or if they were made differently: with other
             features, from images of another size or beside another reference.
     """
-    try:
-        old = [Score(**facts) for facts in json.loads(Path(file).read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{file} has no scores; use a file that `variegate score --json` wrote.") from error
+    old = _read(Path(file))
     by_name = {one.name: one for one in old}
     found = []
     for new in scores:
         if new.name not in by_name and len(old) != 1:
-            raise ValueError(f"{file} has no score of {new.name}, but of {', '.join(by_name) or 'nothing'}.")
+            names = ", ".join(shown(name) for name in list(by_name)[:8]) + (" and others" if len(by_name) > 8 else "")
+            raise ValueError(f"{file} has no score of {new.name}, but of {names or 'nothing'}.")
         then = by_name.get(new.name, old[0])
         for statement in ("features", "ms_ssim_of", "lpips_of", "reference"):
             was, now = getattr(then, statement), getattr(new, statement)
             if UNSTATED in (was, now) or (None not in (was, now) and was != now):
                 raise ValueError(
-                    f"{file} can't be compared: its {statement} is {was!r}, and that of {new.name} {now!r}."
+                    f"{file} can't be compared: its {statement} is {shown(str(was), 200)!r}, "
+                    f"and that of {new.name} {now!r}."
                 )
         found.append(then)
     return found
+
+
+def _read(file: Path) -> list[Score]:
+    """The scores in a file, whatever is in it."""
+    kinds: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "None": type(None)}
+    try:
+        if not file.is_file() or file.stat().st_size > MOST_EARLIER:
+            raise ValueError("it is no file, or too large")
+        old = [Score(**facts) for facts in json.loads(file.read_text(encoding="utf-8"))]
+        for found in old:
+            for field in fields(found):
+                value = getattr(found, field.name)
+                fits = any(isinstance(value, kinds[kind]) for kind in str(field.type).split(" | "))
+                if not fits or isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
+                    raise ValueError(f"{field.name} is {shown(repr(value))}")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{file} has no scores; use a file that `variegate score --json` wrote.") from error
+    return old
 
 
 def _mean(measure: Callable[[Tensor], Tensor], groups: Iterable[Tensor]) -> float:
@@ -216,7 +245,7 @@ def _of_pixels(
     from variegate.metrics.features import to_tensors
     from variegate.metrics.ms_ssim import mean_pairwise_ms_ssim, scales
 
-    sizes = sorted({image.size for paths in groups for image in _opened(paths)})
+    sizes = sorted({image.size for paths in groups for image in Pictures(paths)})
     width, height = sizes[0]
     if len(sizes) > 1:
         raise ValueError(
@@ -225,7 +254,7 @@ def _of_pixels(
         )
 
     def mean(measure: Callable[[Tensor], Tensor]) -> float:
-        return _mean(measure, (torch.cat(to_tensors(list(_opened(paths)))) for paths in groups))
+        return _mean(measure, (torch.cat(to_tensors(Pictures(paths))) for paths in groups))
 
     found: dict[str, float | str] = {}
     if ms_ssim:
@@ -237,27 +266,6 @@ def _of_pixels(
     return found
 
 
-def _grouped(folder: str | Path) -> Mapping[str, Mapping[str, list[Path]]]:
-    """Method to prompt to files; "" is the method of images that don't tell theirs."""
-    found: dict[str, dict[str, list[Path]]] = {}
-    for path in _images(folder):
-        try:
-            recipe = read_recipe(path)
-        except ValueError:  # not ours, or no image: that is found out when it is read
-            recipe = {"method": "", "prompt": str(path.parent)}
-        found.setdefault(recipe["method"], {}).setdefault(recipe["prompt"], []).append(path)
-    return found
-
-
-def _images(folder: str | Path) -> list[Path]:
-    if not Path(folder).is_dir():
-        raise ValueError(f"{folder} is no folder.")
-    found = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in SUFFIXES and p.name != "sheet.png")
-    if not found:
-        raise ValueError(f"{folder} has no images ({', '.join(SUFFIXES)}).")
-    return found
-
-
 def _digest(paths: Sequence[Path]) -> str:
     found = sha256()
     for path in paths:
@@ -265,16 +273,11 @@ def _digest(paths: Sequence[Path]) -> str:
     return found.hexdigest()[:12]
 
 
-def _opened(paths: Sequence[Path]) -> Iterator[Image.Image]:
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                yield image.convert("RGB")
-        except OSError as error:
-            raise ValueError(f"{path} can't be read as a picture: {error}.") from error
-
-
 def _features(paths: Sequence[Path], extract: Extractor) -> Tensor:
-    """Features `[N, D]` of files, a few in memory at a time."""
-    starts = range(0, len(paths), AT_ONCE)
-    return torch.cat([extract(list(_opened(paths[start : start + AT_ONCE]))) for start in starts])
+    """Features `[N, D]` of files, one or a few of which are in memory at a time."""
+    from variegate.metrics import Network
+
+    images = Pictures(paths)
+    if isinstance(extract, Network):
+        return extract(images)
+    return torch.cat([extract(list(images[at : at + AT_ONCE])) for at in range(0, len(images), AT_ONCE)])

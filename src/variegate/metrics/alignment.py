@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
+
+from variegate.metrics.features import unit_rows
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -28,7 +29,7 @@ def clip_score(images: Tensor, texts: Tensor) -> Tensor:
         `[N]`, in [0, 100]: 100 times the cosine, 0 where that is negative.
 
     Raises:
-        ValueError: if the two are not matrices of one shape.
+        ValueError: if the two are not matrices of one shape, or a row is zero or not finite.
 
     Reference:
         Hessel et al., arXiv:2104.08718. *Deviation*: the factor is 100, as most tables have it, not 2.5.
@@ -39,7 +40,8 @@ def clip_score(images: Tensor, texts: Tensor) -> Tensor:
     """
     if images.ndim != 2 or images.shape != texts.shape:
         raise ValueError(f"images has shape {tuple(images.shape)} and texts {tuple(texts.shape)}; use [N, D] for both.")
-    return 100 * cosine_similarity(images, texts).clamp(min=0)
+    cosine = (unit_rows(images, "images") * unit_rows(texts, "texts")).sum(dim=-1)
+    return 100 * cosine.to(torch.result_type(images, 1.0)).clamp(0, 1)
 
 
 class VQAScore:

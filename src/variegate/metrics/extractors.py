@@ -142,7 +142,9 @@ def efficientnet_lite0(*, blur: float = 0, device: str | torch.device = "cpu", b
     network = _network(device)
 
     def forward(images: Sequence[Image] | Tensor) -> Tensor:
-        resized = [interpolate(x, size=(SIZE, SIZE), mode="bilinear", antialias=True) for x in to_tensors(images)]
+        # One by one: pictures are large, and what is made of them is small.
+        each = (to_tensors(images[at : at + 1])[0] for at in range(len(images)))
+        resized = [interpolate(x, size=(SIZE, SIZE), mode="bilinear", antialias=True) for x in each]
         x = torch.cat(resized).to(device)
         features: Tensor = network((127.5 * (blurred(x, blur) if blur else x) + 0.5) / 128)
         return features

@@ -73,6 +73,41 @@ class Network:
         return torch.cat([normalize(self.forward(images[at : at + self.batch_size]), dim=-1) for at in starts])
 
 
+def finite(values: Tensor, name: str = "features") -> Tensor:
+    """Features or images as they are, once nothing among them is NaN or infinite.
+
+    Raises:
+        ValueError: if something is, or if there are none.
+    """
+    if not values.numel():
+        raise ValueError(f"{name} has shape {tuple(values.shape)}, which is empty.")
+    if not values.isfinite().all():
+        rows = values.reshape(-1, values.shape[-1]) if values.ndim else values[None, None]
+        bad = (~rows.isfinite()).any(dim=-1).sum().item()
+        raise ValueError(f"{name} has NaN or infinite values, in {bad} of {len(rows)} rows; measure without them.")
+    return values
+
+
+def power_below(size: Tensor) -> Tensor:
+    """The power of two below a float64 size, 1 for 0: to divide by it is exact, and keeps squares in range."""
+    mantissa, _ = size.frexp()
+    return (size / (2 * mantissa)).where(size > 0, 1)
+
+
+def unit_rows(features: Tensor, name: str = "features") -> Tensor:
+    """Rows `[..., D]` at length 1 in float64, however small or large they are.
+
+    Raises:
+        ValueError: if a row is zero or not finite.
+    """
+    rows = finite(features, name).double()
+    if not rows.any(dim=-1).all():
+        raise ValueError(f"{name} has a row that is zero; every row needs a direction.")
+    rows = rows / power_below(rows.abs().amax(dim=-1, keepdim=True))
+    lengths: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    return rows / lengths
+
+
 def to_tensors(images: Sequence[Image] | Tensor) -> list[Tensor]:
     """Each image as float32 `[1, 3, H, W]` in [-1, 1]."""
     if isinstance(images, Tensor):

@@ -7,6 +7,8 @@ import warnings
 import torch
 from torch import Tensor
 
+from variegate.metrics.features import finite, power_below
+
 
 def fid(features: Tensor, reference: Tensor) -> Tensor:
     """Frechet distance of the normal distributions that fit two sets of features.
@@ -25,7 +27,8 @@ def fid(features: Tensor, reference: Tensor) -> Tensor:
         `[]`, float64, in [0, inf); in [0, 4] for rows of length 1.
 
     Raises:
-        ValueError: if the two are not matrices of equal width, or one has fewer than two rows.
+        ValueError: if the two are not matrices of equal width, one has fewer than two rows, or values that are not
+            finite, or so large that the distance is not.
 
     Warns:
         UserWarning: if one has no more rows than D: its covariance is singular, and the distance mostly bias.
@@ -47,7 +50,10 @@ def fid(features: Tensor, reference: Tensor) -> Tensor:
                 "with no more rows than that, the Frechet distance is mostly bias.",
                 stacklevel=2,
             )
-    x, y = features.double(), reference.double()
+    x, y = finite(features).double(), finite(reference, "reference").double()
+    # Squares stay in range at a scale near one; a power of two there and back changes nothing else.
+    scale = power_below(torch.maximum(x.abs().max(), y.abs().max()))
+    x, y = x / scale, y / scale
 
     def root(rows: Tensor) -> Tensor:
         triangle: Tensor = torch.linalg.qr((rows - rows.mean(0)) / (len(rows) - 1) ** 0.5, mode="r").R
@@ -56,4 +62,7 @@ def fid(features: Tensor, reference: Tensor) -> Tensor:
     a, b = root(x), root(y)
     apart: Tensor = (x.mean(0) - y.mean(0)).square().sum() + a.square().sum() + b.square().sum()
     distance: Tensor = apart - 2 * torch.linalg.svdvals(a @ b.T).sum()
-    return distance.clamp(min=0)
+    found = distance.clamp(min=0) * scale * scale
+    if not found.isfinite():
+        raise ValueError("features or reference are so large that squares of their distances overflow.")
+    return found

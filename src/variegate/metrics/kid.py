@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from variegate.metrics.features import finite
+
 
 def kid(features: Tensor, reference: Tensor, *, degree: int = 3, scale: float | None = None) -> Tensor:
     """Unbiased estimate of how far two sets of features are apart.
@@ -23,7 +25,8 @@ def kid(features: Tensor, reference: Tensor, *, degree: int = 3, scale: float | 
         `[]`, float64.
 
     Raises:
-        ValueError: if the two are not matrices of equal width, or one has fewer than two rows.
+        ValueError: if the two are not matrices of equal width, one has fewer than two rows, or values
+            that are not finite, or so large that their kernel is not.
 
     Reference:
         Binkowski et al., arXiv:1801.01401, kernel inception distance. *Deviation*: one estimate over all
@@ -37,7 +40,7 @@ def kid(features: Tensor, reference: Tensor, *, degree: int = 3, scale: float | 
     for name, value in (("features", features), ("reference", reference)):
         if value.ndim != 2 or value.shape[0] < 2 or value.shape[1] != features.shape[-1]:
             raise ValueError(f"{name} has shape {tuple(value.shape)}; use [N, D] and [M, D] with N and M at least 2.")
-    x, y = features.double(), reference.double()
+    x, y = finite(features).double(), finite(reference, "reference").double()
     factor = 1 / x.shape[1] if scale is None else scale
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
@@ -47,4 +50,7 @@ def kid(features: Tensor, reference: Tensor, *, degree: int = 3, scale: float | 
         matrix, count = kernel(a, a), a.shape[0]
         return (matrix.sum() - matrix.diagonal().sum()) / (count * (count - 1))
 
-    return within(x) + within(y) - 2 * kernel(x, y).mean()
+    found = within(x) + within(y) - 2 * kernel(x, y).mean()
+    if not found.isfinite():
+        raise ValueError(f"features or reference are so large that their products to the power of {degree} overflow.")
+    return found

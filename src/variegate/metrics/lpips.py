@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from variegate.metrics.features import digest
+from variegate.metrics.features import digest, finite
 
 VGG16 = "timm/vgg16.tv_in1k"
 HEADS = "lpips_vgg.safetensors"
@@ -76,13 +76,13 @@ class LPIPS:
             `[]`, float32, at least 0, seldom above 1.
 
         Raises:
-            ValueError: for another shape.
+            ValueError: for another shape, and for values that are not finite.
         """
         if images.ndim != 4 or images.shape[1] != 3 or len(images) < 2 or min(images.shape[2:]) < 16:
             raise ValueError(
                 f"images has shape {tuple(images.shape)}; use [N, 3, H, W], N at least 2, sides at least 16."
             )
-        x = (images.to(self.shift) - self.shift) / self.scale
+        x = (finite(images, "images").to(self.shift) - self.shift) / self.scale
         heads, total = iter(self.heads), x.new_zeros(())
         for place, layer in enumerate(self.network):
             x = layer(x)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, conv2d
 
+from variegate.metrics.features import finite
+
 WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 WINDOW, SIGMA = 11, 1.5
 C1, C2 = 0.01**2, 0.03**2
@@ -33,7 +35,7 @@ def mean_pairwise_ms_ssim(images: Tensor) -> Tensor:
         `[]`, float32, in [0, 1].
 
     Raises:
-        ValueError: for another shape, or if an image is smaller than 11 x 11.
+        ValueError: for another shape, if an image is smaller than 11 x 11, or values are not finite.
 
     Reference:
         Wang et al. 2003, "Multi-scale structural similarity for image quality assessment", eq. 7, without padding, each
@@ -48,7 +50,7 @@ def mean_pairwise_ms_ssim(images: Tensor) -> Tensor:
     if images.ndim != 4 or images.shape[1] != 3 or len(images) < 2:
         raise ValueError(f"images has shape {tuple(images.shape)}; use [N, 3, H, W] with N at least 2.")
     weights = WEIGHTS[: scales(*images.shape[2:])]
-    x = (images.float() + 1) / 2
+    x = (finite(images, "images").float() + 1) / 2
     product = x.new_ones(())
     for scale, weight in enumerate(weights):
         mean = _blur(x)

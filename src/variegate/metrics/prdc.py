@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from variegate.metrics.features import finite, power_below
+
 
 class PRDC(NamedTuple):
     """How two sets of features overlap; each a float64 tensor `[]`.
@@ -30,15 +32,15 @@ def prdc(features: Tensor, reference: Tensor, *, k: int = 5) -> PRDC:
     A row is near another if it is closer to it than the other's k-th nearest neighbour in its own set.
 
     Args:
-        features: `[N, D]`; arithmetic is float64.
-        reference: `[M, D]`.
+        features: `[N, D]`; arithmetic is float64; any scale.
+        reference: `[M, D]`, of the same scale.
         k: neighbours, at least 1 and below N and M.
 
     Returns:
         The four shares.
 
     Raises:
-        ValueError: if the two are not matrices of equal width, or k is out of range.
+        ValueError: if the two are not matrices of equal width, k is out of range, or values are not finite.
 
     Reference:
         Naeem et al., arXiv:2002.09797, where k = 5; precision and recall are those of
@@ -55,9 +57,13 @@ def prdc(features: Tensor, reference: Tensor, *, k: int = 5) -> PRDC:
     fewest = min(len(features), len(reference))
     if not 1 <= k < fewest:
         raise ValueError(f"k={k} is out of range; use 1 to {fewest - 1}, fewer than there are rows in either set.")
-    between = _distances(reference, features)
+    # At one scale for both, which changes nothing but keeps squares in range.
+    x, y = finite(features).double(), finite(reference, "reference").double()
+    scale = power_below(torch.maximum(x.abs().max(), y.abs().max()))
+    x, y = x / scale, y / scale
+    between = _distances(y, x)
     # The nearest neighbour is the row itself.
-    radius, own = (_distances(x, x).kthvalue(k + 1).values for x in (reference, features))
+    radius, own = (_distances(rows, rows).kthvalue(k + 1).values for rows in (y, x))
     near = between < radius[:, None]
     return PRDC(
         precision=near.any(0).double().mean(),
@@ -69,4 +75,4 @@ def prdc(features: Tensor, reference: Tensor, *, k: int = 5) -> PRDC:
 
 def _distances(x: Tensor, y: Tensor) -> Tensor:
     # By differences: products round, and equal rows would be a little apart.
-    return torch.cdist(x.double(), y.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")

@@ -120,9 +120,10 @@ def _load(
     network.to(device, torch.float32).eval()
 
     def prepare(images: Sequence[Image] | Tensor) -> Tensor:
-        pictures = _pictures(images) if isinstance(images, Tensor) else [image.convert("RGB") for image in images]
-        pixels: Tensor = processor(pictures, return_tensors="pt")["pixel_values"]
-        return pixels.to(device)
+        # One by one: pictures are large, and what is made of them is small.
+        pictures = _pictures(images) if isinstance(images, Tensor) else (image.convert("RGB") for image in images)
+        pixels = [processor(picture, return_tensors="pt")["pixel_values"] for picture in pictures]
+        return torch.cat(pixels).to(device)
 
     return network, prepare, Features(f"{kind} {digest(network)}", *_preparation(processor.to_dict()))
 

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from variegate.metrics.features import unit_rows
+
 
 def vendi_score(features: Tensor, *, order: float = 1.0) -> Tensor:
     """Effective number of distinct rows in each set of features.
@@ -107,8 +109,4 @@ def _unit_rows(features: Tensor, least: int) -> Tensor:
     """Rows at length 1 in float64, checked."""
     if features.ndim < 2 or features.shape[-2] < least:
         raise ValueError(f"features has shape {tuple(features.shape)}; use [..., N, D] with N at least {least}.")
-    rows = features.double()
-    lengths: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    if not ((lengths > 0) & lengths.isfinite()).all():
-        raise ValueError("features has a row that is zero or not finite; every row needs a direction.")
-    return rows / lengths
+    return unit_rows(features)
