@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+from logging import ERROR
+
+import diffusers.utils.logging
 import pytest
 import torch
+import transformers.utils.logging
 
 from variegate import ContextualRepulsion, attach
-from variegate.emoji.models import bundled_models, call_defaults, describe, load_pipeline, locate
+from variegate.check import capture_call, check_layout
+from variegate.emoji.models import bundled_models, call_defaults, describe, load_pipeline, locate, quiet
 
 MODELS = tuple(bundled_models())
 
@@ -37,6 +43,38 @@ def test_repulsion_changes_their_pictures(name):
         repelled = latents(pipe, **call)
     assert not torch.allclose(stock, repelled)
     assert torch.equal(stock, latents(pipe, **call))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_their_records_are_right(name):
+    pipe = load_pipeline(name)
+    assert check_layout(pipe.transformer, capture_call(pipe, "an animal", **call_defaults(name))).passed
+
+
+@pytest.mark.parametrize("first_out", [0, 1])
+def test_libraries_are_as_loud_as_they_were_after_the_last_of_two_threads(first_out):
+    loggers = (diffusers.utils.logging, transformers.utils.logging)
+
+    def loudness():
+        return [(logger.get_verbosity(), logger.is_progress_bar_enabled()) for logger in loggers]
+
+    before, inside, leave = loudness(), [threading.Event(), threading.Event()], [threading.Event(), threading.Event()]
+    assert (ERROR, False) not in before
+
+    def stay(place):
+        with quiet():
+            inside[place].set()
+            leave[place].wait(10)
+
+    threads = [threading.Thread(target=stay, args=(place,)) for place in range(2)]
+    for thread, entered in zip(threads, inside, strict=True):
+        thread.start()
+        assert entered.wait(10)
+    for place in (first_out, 1 - first_out):
+        assert loudness() == [(ERROR, False)] * 2
+        leave[place].set()
+        threads[place].join(10)
+    assert loudness() == before
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -331,6 +331,13 @@ def test_bad_settings_are_refused(parameters, sentence):
     assert "\n" not in str(caught.value)
 
 
+def test_fewer_steps_than_the_scheduler_can_take_are_refused():
+    pipe = tiny_sd3()
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift_terminal=0.1)
+    with pytest.raises(ValueError, match="steps=1 is too few: the scheduler stretches its steps"):
+        select(pipe, "a cat", SGI(candidates=4), n=2, num_inference_steps=1)
+
+
 def test_fewer_candidates_than_pictures_are_refused_by_select_too():
     with pytest.raises(ValueError, match="candidates=3 are fewer than the n=4 pictures"):
         select(tiny_sd3(), "a cat", SGI(candidates=3), n=4)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from variegate.architectures import Architecture, Part, architecture_of
 from variegate.architectures.layout import Call, unwrapped
 from variegate.attachment import Attachment, denoisers_of
+from variegate.emoji.models import fewest_steps
 from variegate.intervention import SITES, Site, TokenIntervention
 
 Edit = Callable[[Tensor], Tensor]
@@ -153,7 +154,7 @@ def check_layout(
 
 
 def capture_call(pipe: Any, prompt: str, **kwargs: Any) -> dict[str, Any]:
-    """The arguments of a pipeline's first denoiser call for two images of a prompt, one step.
+    """The arguments of a pipeline's first denoiser call for two images of a prompt, in as few steps as it can take.
 
     Args:
         pipe: a diffusers pipeline.
@@ -173,7 +174,7 @@ def capture_call(pipe: Any, prompt: str, **kwargs: Any) -> dict[str, Any]:
     handle = denoiser.register_forward_pre_hook(keep, with_kwargs=True)
     try:
         generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
-        short = {"num_inference_steps": 1, "output_type": "latent", "generator": generators}
+        short = {"num_inference_steps": fewest_steps(pipe), "output_type": "latent", "generator": generators}
         pipe([prompt] * 2, **(kwargs | short))
     finally:
         handle.remove()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from variegate.emoji.models import call_defaults, load_pipeline, locate, pick_device, pick_dtype, quiet
+from variegate.emoji.models import call_defaults, check_steps, load_pipeline, locate, pick_device, pick_dtype, quiet
 from variegate.gallery import Gallery, Group, Row, read_recipe
 from variegate.intervention import Intervention
 from variegate.request import Request, to_text
@@ -157,8 +157,7 @@ class _Run:
         self.arguments = {**call_defaults(request.model), **given}
         values = {name: parameter.default for name, parameter in known.items()} | self.arguments
         self.steps = values["num_inference_steps"]
-        if self.steps == 1 and getattr(getattr(pipeline, "scheduler", None), "config", {}).get("shift_terminal"):
-            raise ValueError("steps=1 is too few: the scheduler stretches its steps to a last one; use 2 or more.")
+        check_steps(pipeline, self.steps)
         self.has_callback = "callback_on_step_end" in known
         self.text_length = values.get("max_sequence_length")
         self.request, self.pipeline, self.progress = request, pipeline, progress

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -33,6 +34,11 @@ _CALL_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "width": 64,
     },
 }
+
+_LOADING = threading.Lock()  # filters of warnings are the process's
+_LOUDNESS = threading.Lock()
+_before: list[tuple[int, bool]] = []  # of each library, when the first one came into `quiet`
+_inside: list[None] = []  # one for each that is in there
 
 
 @dataclass(frozen=True)
@@ -228,7 +234,7 @@ def load_pipeline(
             f"offload={offload!r} moves weights off an accelerator, and there is none; use offload='none'."
         )
     folder = locate(model, revision).folder
-    with quiet(), warnings.catch_warnings():
+    with _LOADING, quiet(), warnings.catch_warnings():
         # New diffusers call it `dtype`, and old ones know only `torch_dtype`.
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
         from diffusers import DiffusionPipeline
@@ -249,24 +255,52 @@ def load_pipeline(
     return pipe
 
 
+def fewest_steps(pipe: Any) -> int:
+    """In how many steps a pipeline can run at least: a scheduler with `shift_terminal` stretches two or more.
+
+    Example:
+        >>> fewest_steps(load_pipeline("emoji-base")), fewest_steps(load_pipeline("emoji-turbo"))
+        (1, 2)
+    """
+    return 2 if getattr(getattr(pipe, "scheduler", None), "config", {}).get("shift_terminal") else 1
+
+
+def check_steps(pipe: Any, steps: int) -> None:
+    """Refuse a run of fewer steps.
+
+    Raises:
+        ValueError: one sentence, in place of the scheduler's IndexError.
+    """
+    if steps < fewest_steps(pipe):
+        raise ValueError(f"steps={steps} is too few: the scheduler stretches its steps to a last one; use 2 or more.")
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Errors only, and no progress bars, from diffusers and transformers."""
+    """Errors only, and no progress bars, from diffusers and transformers, until the last one inside has left.
+
+    Their loudness is the process's, so threads that are in here at once share one memory of what it was.
+    """
     import diffusers.utils.logging
     import transformers.utils.logging
 
     loggers = (diffusers.utils.logging, transformers.utils.logging)
-    before = [(logger.get_verbosity(), logger.is_progress_bar_enabled()) for logger in loggers]
-    try:
+    with _LOUDNESS:
+        if not _inside:
+            _before[:] = [(logger.get_verbosity(), logger.is_progress_bar_enabled()) for logger in loggers]
+        _inside.append(None)
         for logger in loggers:
             logger.set_verbosity_error()
             logger.disable_progress_bar()
+    try:
         yield
     finally:
-        for logger, (verbosity, bar) in zip(loggers, before, strict=True):
-            logger.set_verbosity(verbosity)
-            if bar:
-                logger.enable_progress_bar()
+        with _LOUDNESS:
+            _inside.pop()
+            for logger, (verbosity, bar) in zip(loggers, _before, strict=True) if not _inside else ():
+                logger.set_verbosity(verbosity)
+                if bar:
+                    logger.enable_progress_bar()
 
 
 def _first_line(error: Exception) -> str:

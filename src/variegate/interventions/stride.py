@@ -86,8 +86,8 @@ def principal(rows: Tensor, count: int, moment: Moment) -> Tensor:
         moment: for the random directions that it starts from.
 
     Returns:
-        `[S, B, D, count]`, orthonormal; fewer of them if N - 1 or D is smaller. Their signs, nobody's choice but the
-        solver's, are those that make the largest entry positive: the same on every device.
+        `[S, B, D, count]`, orthonormal; fewer of them if N - 1 or D is smaller. Their signs, which are nobody's choice
+        but the solver's, are those that make the largest entry positive: the same on every device.
     """
     import torch
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
+from variegate.emoji.models import check_steps
 from variegate.selection import solvers
 from variegate.selection.preview import check_scheduler, previews
 
@@ -142,8 +143,9 @@ def select(
         call: further arguments of the pipeline's call, the same as for the pictures.
 
     Raises:
-        ValueError: if there are fewer candidates than pictures, the scheduler is of another kind, `quality` does not
-            give a finite number for each image or `extract` finite features, or SciPy is missing for the exact solver.
+        ValueError: if there are fewer candidates than pictures, the scheduler is of another kind or can't run in so
+            few steps, `quality` does not give a finite number for each image or `extract` finite features, or SciPy is
+            missing for the exact solver.
 
     Example:
         >>> from variegate.emoji import load_pipeline
@@ -163,6 +165,7 @@ def select(
         extract = efficientnet_lite0()
     arguments = inspect.signature(pipe.__call__).parameters
     steps = call.get("num_inference_steps", arguments["num_inference_steps"].default)
+    check_steps(pipe, steps)
     scores, done = [], 0
     for step, _, kept in method.rounds(n, steps):
         singles: list[float] = []
