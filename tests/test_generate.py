@@ -44,11 +44,11 @@ def pixels(row: Row) -> np.ndarray:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"prompts": ()}, r"prompts=\(\) is no sequence of prompts"),
-        ({"prompts": "a cat"}, "prompts='a cat' is no sequence of prompts"),
+        ({"prompts": ()}, r"prompts=\(\) is empty; use a list of texts"),
+        ({"prompts": "a cat"}, "prompts='a cat' is of type str; use a list of texts"),
         ({"prompts": ("a cat", " ")}, r"prompts\[1\]=' ' is blank"),
         ({"prompts": ("a cat", "a cat")}, r"prompts\[1\]='a cat' is given twice"),
-        ({"n": 0}, "n=0 is out of range; use a number from 1 upwards"),
+        ({"n": 0}, "n=0 is out of range; use an integer from 1 to 1,024"),
         ({"seed": -1}, "seed=-1 is out of range"),
         ({"steps": 0}, "steps=0 is out of range"),
         ({"guidance": float("nan")}, "guidance=nan is out of range"),

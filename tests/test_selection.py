@@ -313,15 +313,15 @@ def test_without_scipy_the_exact_solver_says_what_to_do(monkeypatch):
     ("parameters", "sentence"),
     [
         ({"candidates": 3}, "candidates=3 are fewer than the n=4 pictures; use at least as many"),
-        ({"candidates": 0}, "candidates=0 is no number of seeds"),
-        ({"candidates": 8.5}, "candidates=8.5 is no number of seeds; use an integer"),
+        ({"candidates": 0}, "candidates=0 is out of range; use an integer from 1"),
+        ({"candidates": 8.5}, "candidates=8.5 is of type float; use an integer"),
         ({"ratio": 0}, "ratio=0 is out of range; use a number between 0 and 1"),
         ({"ratio": 1.0}, "ratio=1.0 is out of range"),
-        ({"ratio": "half"}, "ratio='half' is no number"),
-        ({"strength": -1}, "strength=-1 is out of range; use a number from 0 upwards"),
+        ({"ratio": "half"}, "ratio='half' is of type str; use a finite number"),
+        ({"strength": -1}, "strength=-1 is out of range; use a number from 0 to 1,000"),
         ({"strength": math.inf}, "strength=inf is out of range"),
         ({"solver": "gurobi"}, "solver='gurobi' is unknown; use 'swap' or 'exact'"),
-        ({"candidates": "many"}, "candidates='many' is no number of seeds"),
+        ({"candidates": "many"}, "candidates='many' is of type str; use an integer"),
         ({"blocks": "all"}, "blocks is no parameter of method 'sgi'; use one of candidates, ratio, strength, solver"),
     ],
 )
@@ -380,14 +380,18 @@ def test_seeds_of_ones_own_for_any_method(pipe):
     (row,) = generate(request, pipeline=pipe).groups[0].rows
     images = pipe("a cat", num_images_per_prompt=3, num_inference_steps=STEPS, generator=generators((9, 2, 30))).images
     assert [image.tobytes() for image in images] == [image.tobytes() for image in row.images]
-    for seeds in ((1, 2), (1, 2, -3)):
-        with pytest.raises(ValueError, match=r"seeds=.* do not fit n=3; use one number from 0 upwards per picture"):
+    for seeds, sentence in (
+        ((1, 2), "do not fit n=3; use one number per picture"),
+        ((1, 2, -3), "holds -3; use a list of integers from 0 to"),
+        ((1, 2, 1), "hold one twice"),
+    ):
+        with pytest.raises(ValueError, match=rf"seeds=\({', '.join(map(str, seeds))}\) {sentence}"):
             replace(request, seeds=seeds)
 
 
 @pytest.mark.parametrize("method", ["contextual-repulsion", "cads", "particle-guidance"])
 def test_parameters_of_a_wrong_type_are_refused(method):
-    with pytest.raises(ValueError, match=rf"parameters=.*'strength': 'much'.* do not fit '{method}'"):
+    with pytest.raises(ValueError, match="strength='much' is of type str; use a number from 0 to 1,000"):
         replace(REQUEST, method=method, parameters={"strength": "much"})
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from variegate.intervention import BlockCall, ImageIntervention
+from variegate.fields import Range
+from variegate.intervention import BlockCall, BlockChoice, ImageIntervention, Share, Strength
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,20 +46,12 @@ class FeatureSelfGuidance(ImageIntervention):
         0.8
     """
 
-    blend: float = 0.4
-    learning_rate: float = 0.5
-    inner_steps: int = 30
-    temperature: float = 1.0
-    low: float = 0.8
-    blocks: str | slice | Sequence[int] = (2,)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_range("blend", 0, 1)
-        self.check_range("learning_rate", 0)
-        self.check_range("inner_steps", 1)
-        self.check_range("temperature", 1e-3)
-        self.check_range("low", 0, 1)
+    blend: Share = 0.4
+    learning_rate: Strength = 0.5
+    inner_steps: Annotated[int, Range(1, 10_000)] = 30
+    temperature: Annotated[float, Range(1e-3, 1_000)] = 1.0
+    low: Share = 0.8
+    blocks: BlockChoice = (2,)
 
     @property
     def enabled(self) -> bool:
