@@ -172,7 +172,7 @@ def test_a_pipeline_without_contextual_space(tmp_path):
     assert "UNet2DConditionModel has no contextual space" in result.stderr
     assert not (tmp_path / "out").exists()
     for options in (["--method", "none"], ["--site", "cross_attention"]):
-        result = run(*command, *options)
+        result = run(*command, *options, "--overwrite")
         assert (result.exit_code, result.stderr) == (0, "")
     result = run("check", tmp_path / "unet")
     assert result.exit_code == 0, result.output

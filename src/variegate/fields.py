@@ -36,7 +36,7 @@ class Range:
 
     def __contains__(self, value: float) -> bool:
         # An integer may be too great for a float, as which it is going to be used; NaN is on no side of anything.
-        if not abs(value) <= (math.inf if self.high == math.inf else sys.float_info.max):
+        if not (abs(value) <= sys.float_info.max or (value == math.inf and self.high == math.inf)):
             return False
         return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
 

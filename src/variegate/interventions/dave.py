@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from variegate.fields import Range
-from variegate.intervention import STRONGEST, Place, Site, TokenIntervention
+from variegate.intervention import Place, Site, TokenIntervention
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +34,7 @@ class DAVE(TokenIntervention):
         [-1.0, 1.0]
     """
 
-    keep: Annotated[float, Range(-STRONGEST, STRONGEST)] = 0.8
+    keep: Annotated[float, Range(-100, 100)] = 0.8
     stop: Place | None = 0.2
     site: Site = "image"
 

@@ -85,7 +85,8 @@ class Dispersion:
         import numpy as np
 
         kernel = gram / _lengths(gram)
-        return -np.log(np.exp(kernel / self.temperature).mean((-2, -1)))
+        # Relative to the greatest there can be, as below: no overflow.
+        return -(np.log(np.exp((kernel - 1) / self.temperature).mean((-2, -1))) + 1 / self.temperature)
 
     def coefficients(self, gram: Any) -> Any:
         """A with gradient_i = sum_j A_ij h_j: the slope of each K_ij, without its part along h_i."""
@@ -93,7 +94,7 @@ class Dispersion:
 
         lengths = _lengths(gram)
         kernel = gram / lengths
-        weights = np.exp(kernel / self.temperature)
+        weights = np.exp((kernel - 1) / self.temperature)
         slope = -2 * weights / weights.sum((-2, -1), keepdims=True) / self.temperature
         return (slope - np.eye(kernel.shape[-1]) * (slope @ kernel)) / lengths
 
