@@ -11,7 +11,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusion3Pipeline,
+)
 
 from pipelines import stable_diffusion_xl
 from tiny import generators, tiny_flux, tiny_sd3
@@ -300,6 +305,36 @@ def test_exactness_begins_when_few_are_left(monkeypatch):
     monkeypatch.setattr(sgi, "EXACT_UP_TO", 4)
     select(tiny_sd3(), "a cat", SGI(candidates=8, solver="exact"), n=2, **CALL)
     assert sizes == [4]
+
+
+class HandingOn(StableDiffusion3Pipeline):
+    """Hands on what it is given."""
+
+    def __call__(self, *args, **kwargs):
+        return super().__call__(*args, **kwargs)
+
+
+def test_a_pipeline_that_hands_on_what_it_is_given():
+    pipe, method = tiny_sd3(), SGI(candidates=4)
+    again = HandingOn(**pipe.components)
+    assert select(again, "a cat", method, n=2, **CALL) == select(pipe, "a cat", method, n=2, **CALL)
+    seen = []
+    select(again, "a cat", SGI(candidates=3), n=2, progress=seen.append)
+    assert seen[-1] == SGI(candidates=3).steps_to_choose(2, 28)  # the default of the class below
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"n": 0}, "n=0 is out of range; use an integer from 1 upwards"),
+        ({"n": 2.0}, "n=2.0 is of type float"),
+        ({"seed": -1}, "seed=-1 is out of range"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps=2.5 is of type float"),
+    ],
+)
+def test_select_refuses_what_is_no_number_of_pictures_or_steps(change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        select(tiny_sd3(), "a cat", SGI(candidates=4), **{"n": 2, **CALL, **change})
 
 
 def test_without_scipy_the_exact_solver_says_what_to_do(monkeypatch):
