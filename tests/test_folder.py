@@ -47,7 +47,7 @@ def test_a_gallery_is_replaced_only_when_told(tmp_path):
     OLD.save(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
     before = contents(tmp_path)
-    with pytest.raises(ValueError, match="holds a gallery already; replace it by --overwrite .*, or use another -o"):
+    with pytest.raises(ValueError, match=r"holds a gallery already; replace it by --overwrite .*, or use another -o"):
         NEW.save(tmp_path)
     assert contents(tmp_path) == before
     files = NEW.save(tmp_path, overwrite=True)

@@ -147,7 +147,7 @@ def test_a_sentence_is_one_line_of_a_bearable_length():
     for _ in range(100_000):
         deep = [deep]
     for value in ("a\nb" * 10_000, np.ones((50, 50)), Quiet(), deep, "1" * 5000, Fraction(10**5000)):
-        with pytest.raises(ValueError, match="^n=") as caught:
+        with pytest.raises(ValueError, match=r"^n=") as caught:
             checked("n", value, int)
         assert "\n" not in str(caught.value)
         assert len(str(caught.value)) < 200

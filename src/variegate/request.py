@@ -117,12 +117,12 @@ class Request:
         for place, prompt in enumerate(self.prompts):
             if not prompt.strip() or prompt in self.prompts[:place]:
                 flaw = "given twice" if prompt.strip() else "blank"
-                raise ValueError(f"prompts[{place}]={prompt!r} is {flaw}; every prompt needs words of its own.")
+                raise ValueError(f"prompts[{place}]={shown(prompt)} is {flaw}; every prompt needs words of its own.")
         choices = {"method": tuple(METHODS), "dtype": DTYPES, "device": DEVICES, "offload": OFFLOADS}
         for name, choice in choices.items():
             value = getattr(self, name)
             if value not in choice:
-                raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(choice)}.")
+                raise ValueError(f"{name}={shown(value)} is unknown; use one of {', '.join(choice)}.")
         if self.seeds is not None and len({*self.seeds}) != len(self.seeds):
             raise ValueError(f"seeds={shown(self.seeds)} hold one twice; the pictures would be the same.")
         if self.seeds is not None and len(self.seeds) != self.n:
