@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM ?= false
 	touch $@
 
 demo: .venv/.installed  ## Eight different pictures of each of two prompts beside the stock pipeline's.
-	$(BIN)/variegate generate "an animal" food --strength 4 --blocks all -o variegate-out
+	$(BIN)/variegate generate "an animal" food --strength 4 --blocks all -o variegate-out --overwrite
 
 test: .venv/.installed lint  ## Everything continuous integration runs.
 	$(BIN)/python -m pytest

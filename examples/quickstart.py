@@ -33,7 +33,7 @@ def main() -> None:
     gallery = generate(Request((args.prompt,), n=args.n, model=args.model, steps=args.steps), pipeline=pipe)
     for row in gallery.groups[0].rows:
         print(f"{row.method}: Vendi {row.vendi:.2f} of {args.n}, mean distance {row.distance:.3f}")
-    gallery.save(args.output)
+    gallery.save(args.output, overwrite=True)
 
 
 if __name__ == "__main__":

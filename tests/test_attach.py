@@ -96,7 +96,7 @@ class Nameless(Intervention):
 
 def test_no_hook_is_left_after_a_failed_attach(pipe, monkeypatch):
     before = hook_count(pipe)
-    with pytest.raises(ValueError, match=r"blocks=\[99\]: the denoiser has \d+ joint blocks"):
+    with pytest.raises(ValueError, match=r"blocks=\(99,\): the denoiser has \d+ joint blocks"):
         attach(pipe, STRONG, ContextualRepulsion(blocks=[99]))
     with pytest.raises(TypeError, match="not float"):
         attach(pipe, STRONG, 0.5)
@@ -444,11 +444,11 @@ def test_block_selection(blocks, expected):
     ("kwargs", "message"),
     [
         ({"blocks": "centre"}, "blocks='centre' is unknown"),
-        ({"site": "latent"}, "site='latent' is unknown; use one of context, attention, image, cross_attention"),
+        ({"site": "latent"}, "site='latent' is unknown; use 'context', 'attention', 'image' or"),
         ({"branch": "neither"}, "branch='neither' is unknown"),
-        ({"start": -1}, "start=-1 is no place in a run"),
-        ({"stop": 1.5}, "stop=1.5 is no place in a run"),
-        ({"start": True}, "start=True is no place in a run"),
+        ({"start": -1}, "start=-1 is out of range; use a step count"),
+        ({"stop": 1.5}, "stop=1.5 is out of range; use a step count"),
+        ({"start": True}, "start=True is of type bool; use a step count"),
         ({"strength": -0.1}, "strength=-0.1 is out of range"),
         ({"strength": float("nan")}, "strength=nan is out of range"),
         ({"eta": float("inf")}, "eta=inf is out of range"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -102,25 +103,34 @@ BAD = [
     (["--revision", "main"], "only models on the hub have revisions"),
     (["--strength", "nan"], "strength=nan is out of range"),
     (["--strength", "-1"], "strength=-1.0 is out of range"),
-    (["--stop", "1.5"], "stop=1.5 is no place in a run"),
+    (["--stop", "1.5"], "stop=1.5 is out of range; use a step count"),
     (["--stop", "soon"], "'soon' is neither a step count nor a fraction of the steps"),
     (["--blocks", "upper"], "blocks='upper' is unknown"),
     (["--blocks", "7"], "blocks=(7,): the denoiser has 4 joint blocks"),
     (["--height", "15"], "`height` and `width` have to be divisible"),
     (["--method", "sgi", "-p", "candidates=5"], "candidates=5 are fewer than the n=8 pictures"),
-    (["--method", "sgi", "-p", "candidates=all"], "candidates='all' is no number of seeds"),
+    (["--method", "sgi", "-p", "candidates=all"], "candidates='all' is of type str; use an integer from 1"),
     (["--method", "sgi", "-p", "ratio=1"], "ratio=1 is out of range; use a number between 0 and 1"),
     (["--method", "sgi", "-p", "solver=gurobi"], "solver='gurobi' is unknown; use 'swap' or 'exact'"),
     (["--method", "sgi", "--blocks", "all"], "blocks is no parameter of method 'sgi'"),
-    (["--method", "cads", "-p", "strength=much"], "parameters={'strength': 'much'} do not fit 'cads'"),
-    (["-n", "0"], "n=0 is out of range; use a number from 1 upwards."),
+    (["--method", "cads", "-p", "strength=much"], "strength='much' is of type str; use a number from 0 to 1,000."),
+    (["-n", "0"], "n=0 is out of range; use an integer from 1 to 1,024."),
     (["--steps", "0"], "steps=0 is out of range"),
     (["--model", "emoji-turbo", "--steps", "1"], "steps=1 is too few: the scheduler stretches its steps"),
     (["--seed", "-1"], "seed=-1 is out of range"),
+    (["--height", str(2**40)], "height=1099511627776 is out of range; use an integer from 1 to 16,384"),
+    (["--strength", "1e30"], "strength=1e+30 is out of range; use a number from 0 to 1,000."),
+    (["-p", "eta=1", "--strength", "2"], "strength=2.0 beside eta=1: each is the step length; give one."),
+    (["-p", "strength=1", "--strength", "2"], "strength is given twice; give it once."),
+    (["-p", "tokens=3"], "tokens=3 is of type int; use a slice, a list of integers or None."),
+    (["-p", "inner_steps=2.5"], "inner_steps=2.5 is of type float; use an integer from 1"),
+    (["-p", f"inner_steps={'[' * 100_000}"], "use an integer from 1"),
+    (["-p", f"inner_steps={'1' * 5000}"], "use an integer from 1"),
+    (["--negative-prompt", "\udcff"], "negative_prompt='\\udcff' has bytes that are no text; use text or None."),
 ]
 
 
-@pytest.mark.parametrize(("options", "sentence"), BAD, ids=[" ".join(options) for options, _ in BAD])
+@pytest.mark.parametrize(("options", "sentence"), BAD, ids=[" ".join(options)[:40] for options, _ in BAD])
 def test_bad_input_is_one_sentence_and_exit_code_2(model, tmp_path, monkeypatch, options, sentence):
     monkeypatch.chdir(tmp_path)
     result = run("generate", "a cat", "--model", model, *options, "-o", tmp_path / "out")
@@ -138,6 +148,125 @@ def test_an_unwritable_folder_is_refused_before_anything_is_loaded(tmp_path):
     result = run("generate", "a cat", "--model", "no-such-model", "-o", tmp_path / "file" / "out")
     assert result.exit_code == 2
     assert "can't be written to" in result.stderr
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    """A folder with what files and folders can't be saved over."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    return tmp_path
+
+
+PLACES = [
+    ("dangling", "can't be written to|a link to nothing"),
+    ("loop", "can't be written to|a link to nothing"),
+    ("dangling/x", "can't be written to"),
+    ("loop/x", "can't be written to"),
+    ("file/x", "can't be written to"),
+    ("a" * 300, "can't be written to: .*File name too long"),
+    ("x/" + "a" * 300, "can't be written to: .*File name too long"),
+    ("a\udcffb", "is no name for a file"),
+]
+FILES = [
+    ("folder", "is a folder, a device or a link to nothing"),
+    (".", "is a folder, a device or a link to nothing"),
+    ("..", "is a folder, a device or a link to nothing"),
+    ("/dev/null", "is a folder, a device|can't be written to"),
+    ("a" * 252, "can't be written to: .*File name too long"),  # with the name that it has while it is written
+]
+
+
+def refused_first(places, *command):
+    """The sentence that refuses a command before it loads a model, which there is not."""
+    before = sorted(places.rglob("*"))
+    result = run(*command)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1
+    assert "no-such-model" not in result.stderr
+    assert sorted(places.rglob("*")) == before
+    return result.stderr
+
+
+@pytest.mark.parametrize(("name", "sentence"), PLACES)
+def test_a_folder_that_can_not_be_is_refused_first(places, name, sentence):
+    assert re.search(sentence, refused_first(places, "generate", "a cat", "--model", "no-such-model", "-o", name))
+
+
+@pytest.mark.parametrize(("name", "sentence"), PLACES + FILES)
+def test_a_file_that_can_not_be_is_refused_first(places, name, sentence):
+    command = ["score", "folder", "--extractor", "clip", "--model", "no-such-model", "--json"]
+    assert re.search(sentence, refused_first(places, *command, name))
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("dg", "has no ending of a picture that can be saved; use one such as .png"),
+        ("dg.psd", "has no ending of a picture that can be saved"),
+        ("dg.txt", "has no ending of a picture that can be saved"),
+        ("folder", "has no ending of a picture that can be saved"),
+        ("file/dg.png", "can't be written to"),
+        ("dangling/dg.png", "can't be written to"),
+    ],
+)
+def test_a_diagnosis_that_can_not_be_saved_is_refused_first(places, name, sentence):
+    assert sentence in refused_first(places, "diagnose", "a cat", "--model", "no-such-model", "-o", name)
+
+
+def test_a_diagnosis_is_saved_in_the_format_of_its_name(model, tmp_path):
+    result = run("diagnose", "a cat", "--model", model, *SMALL, "-o", tmp_path / "new" / "dg.JPG")
+    assert (result.exit_code, result.stderr) == (0, "")
+    with Image.open(tmp_path / "new" / "dg.JPG") as image:
+        assert image.format == "JPEG"
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["dg.JPG"]
+
+
+def test_a_gallery_is_not_replaced_unless_told(model, output, tmp_path):
+    shutil.copytree(output, tmp_path / "out")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    sentence = refused_first(tmp_path, "generate", "a dog", "--model", "no-such-model", "-o", tmp_path / "out")
+    assert "holds a gallery already; replace it by --overwrite" in sentence
+    assert "or use another -o" in sentence
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    picture = tmp_path / "out" / "a-cat-00.png"
+    assert "holds a gallery already" in refused_first(tmp_path, "replay", picture, "-o", tmp_path / "out")
+    result = run("generate", "a dog", "--model", model, *SMALL, "-o", tmp_path / "out", "--overwrite")
+    assert (result.exit_code, result.stderr) == (0, "")
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    listed = {name for group in record["groups"] for row in group["rows"] for name in row["files"]}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == listed | {"sheet.png", "run.json"}
+    assert all(name.startswith("a-dog") for name in listed)
+
+
+def test_pictures_whose_names_are_taken_are_refused_first(places):
+    (places / "out").mkdir()
+    (places / "out" / "a-cat-03.png").touch()
+    command = ["generate", "a cat", "--model", "no-such-model", "-o", "out", "--overwrite"]
+    assert "holds a-cat-03.png, which is of no gallery there; use another -o" in refused_first(places, *command)
+
+
+def test_what_is_made_is_saved_elsewhere_if_its_folder_is_taken_meanwhile(model, output, tmp_path, monkeypatch):
+    from variegate import generation
+
+    made = generation.generate
+
+    def slow(*arguments, **options):
+        shutil.copytree(output, tmp_path / "out")  # another run is faster
+        return made(*arguments, **options)
+
+    monkeypatch.setattr(generation, "generate", slow)
+    result = run("generate", "a cat", "--model", model, *SMALL, "-o", tmp_path / "out")
+    assert result.exit_code == 0
+    assert result.stderr.startswith("Warning: ")
+    assert "holds a gallery already" in result.stderr
+    (elsewhere,) = (path for path in tmp_path.iterdir() if path.name != "out")
+    assert str(elsewhere) in result.stdout
+    assert len(list(elsewhere.iterdir())) == 6
 
 
 def test_pictures_without_a_recipe(tmp_path):
@@ -172,7 +301,7 @@ def test_a_pipeline_without_contextual_space(tmp_path):
     assert "UNet2DConditionModel has no contextual space" in result.stderr
     assert not (tmp_path / "out").exists()
     for options in (["--method", "none"], ["--site", "cross_attention"]):
-        result = run(*command, *options)
+        result = run(*command, *options, "--overwrite")
         assert (result.exit_code, result.stderr) == (0, "")
     result = run("check", tmp_path / "unet")
     assert result.exit_code == 0, result.output

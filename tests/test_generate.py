@@ -44,11 +44,11 @@ def pixels(row: Row) -> np.ndarray:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"prompts": ()}, r"prompts=\(\) is no sequence of prompts"),
-        ({"prompts": "a cat"}, "prompts='a cat' is no sequence of prompts"),
+        ({"prompts": ()}, r"prompts=\(\) is empty; use a list of texts"),
+        ({"prompts": "a cat"}, "prompts='a cat' is of type str; use a list of texts"),
         ({"prompts": ("a cat", " ")}, r"prompts\[1\]=' ' is blank"),
         ({"prompts": ("a cat", "a cat")}, r"prompts\[1\]='a cat' is given twice"),
-        ({"n": 0}, "n=0 is out of range; use a number from 1 upwards"),
+        ({"n": 0}, "n=0 is out of range; use an integer from 1 to 1,024"),
         ({"seed": -1}, "seed=-1 is out of range"),
         ({"steps": 0}, "steps=0 is out of range"),
         ({"guidance": float("nan")}, "guidance=nan is out of range"),
@@ -161,6 +161,41 @@ def test_a_pipeline_without_step_callback(pipe):
         generate(replace(request, guidance=3.0), pipeline=plain)
 
 
+class HandingOn(StableDiffusion3Pipeline):
+    """A pipeline that hands on what it is given, as one that logs its calls."""
+
+    def __call__(self, *args, **kwargs):
+        return super().__call__(*args, **kwargs)
+
+
+def test_a_pipeline_that_hands_on_what_it_is_given(pipe, gallery):
+    made = generate(replace(REQUEST, guidance=7.0), pipeline=HandingOn(**pipe.components))
+    assert made.settings == gallery.settings
+    assert np.array_equal(pixels(made.groups[0].diverse), pixels(gallery.groups[0].diverse))
+    assert generate(replace(REQUEST, steps=None), pipeline=HandingOn(**pipe.components)).settings["steps"] == 28
+
+
+class Unknown:
+    """Takes anything, and does not tell what; all else is the pipeline's that it has."""
+
+    def __init__(self, pipe):
+        self.pipe = pipe
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["pipe"], name)
+
+    def __call__(self, **given):
+        return self.pipe(**given)
+
+
+def test_a_pipeline_that_does_not_tell_what_it_takes(pipe, gallery):
+    request = replace(REQUEST, method="none", parameters={})
+    made = generate(request, pipeline=Unknown(pipe))
+    assert np.array_equal(pixels(made.groups[0].stock), pixels(gallery.groups[0].stock))
+    with pytest.raises(ValueError, match="Unknown does not tell how many steps it takes; give steps, such as 20"):
+        generate(replace(request, steps=None), pipeline=Unknown(pipe))
+
+
 def test_a_request_that_does_not_fit_the_model_is_refused_before_the_first_step(pipe):
     seen = []
     with pytest.raises(ValueError, match="the denoiser has 4 joint blocks"):
@@ -200,8 +235,15 @@ def test_a_long_prompt_is_cut_with_one_warning_from_us(pipe):
 def test_values_that_are_not_finite_are_refused(value):
     broken = tiny_sd3()
     broken.vae.post_quant_conv.bias.data.fill_(value)
-    with pytest.raises(ValueError, match="dtype='float32' made pictures of 'a cat' with values that are not finite"):
+    with pytest.raises(
+        ValueError, match="dtype='float32' made pictures of 'a cat' with values that are not finite"
+    ) as told:
         generate(REQUEST, pipeline=broken)
+    assert str(told.value).endswith("; nothing is kept; use lower guidance.")  # not the dtype that it has
+    with pytest.raises(ValueError, match="nothing is kept; use weaker contextual-repulsion"):
+        generate(replace(REQUEST, compare=False), pipeline=broken)
+    with pytest.raises(ValueError, match="nothing is kept; use dtype='float32', or lower guidance"):
+        generate(REQUEST, pipeline=broken.to(torch.bfloat16))
 
 
 def test_files_tell_how_to_make_them(gallery, tmp_path):

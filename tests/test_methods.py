@@ -200,7 +200,7 @@ def test_a_method_through_a_request(name):
         (lambda: IntervalGuidance(low=0.5, high=0.5), "low=0.5 and high=0.5 are no noise levels in order"),
         (lambda: ParticleGuidance(strength=math.inf), "strength=inf is out of range"),
         (lambda: ParticleGuidance(low=-0.1), "low=-0.1 is out of range"),
-        (lambda: DAVE(keep=math.inf), "keep=inf is no finite number"),
+        (lambda: DAVE(keep=math.inf), "keep=inf is out of range; use a number from -100 to 100"),
     ],
 )
 def test_bad_settings_are_refused(make, message):

@@ -442,7 +442,7 @@ def test_a_method_through_a_request(name):
         (lambda: SPELL(bank=-1), "bank=-1 is out of range"),
         (lambda: DiverseFlow(strength=-1), "strength=-1 is out of range"),
         (lambda: DiverseFlow(spread=0), "spread=0 is out of range"),
-        (lambda: DiverseFlow(features="clip"), "features='clip' is no function"),
+        (lambda: DiverseFlow(features="clip"), "features='clip' is of type str; use a function or None"),
     ],
 )
 def test_bad_settings_are_refused(make, message):

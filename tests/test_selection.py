@@ -11,7 +11,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusion3Pipeline,
+)
 
 from pipelines import stable_diffusion_xl
 from tiny import generators, tiny_flux, tiny_sd3
@@ -302,6 +307,36 @@ def test_exactness_begins_when_few_are_left(monkeypatch):
     assert sizes == [4]
 
 
+class HandingOn(StableDiffusion3Pipeline):
+    """Hands on what it is given."""
+
+    def __call__(self, *args, **kwargs):
+        return super().__call__(*args, **kwargs)
+
+
+def test_a_pipeline_that_hands_on_what_it_is_given():
+    pipe, method = tiny_sd3(), SGI(candidates=4)
+    again = HandingOn(**pipe.components)
+    assert select(again, "a cat", method, n=2, **CALL) == select(pipe, "a cat", method, n=2, **CALL)
+    seen = []
+    select(again, "a cat", SGI(candidates=3), n=2, progress=seen.append)
+    assert seen[-1] == SGI(candidates=3).steps_to_choose(2, 28)  # the default of the class below
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"n": 0}, "n=0 is out of range; use an integer from 1 upwards"),
+        ({"n": 2.0}, "n=2.0 is of type float"),
+        ({"seed": -1}, "seed=-1 is out of range"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps=2.5 is of type float"),
+    ],
+)
+def test_select_refuses_what_is_no_number_of_pictures_or_steps(change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        select(tiny_sd3(), "a cat", SGI(candidates=4), **{"n": 2, **CALL, **change})
+
+
 def test_without_scipy_the_exact_solver_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     with pytest.raises(ValueError, match=r"solver='exact' needs SciPy.*variegate\[selection\].*or use solver='swap'"):
@@ -313,15 +348,15 @@ def test_without_scipy_the_exact_solver_says_what_to_do(monkeypatch):
     ("parameters", "sentence"),
     [
         ({"candidates": 3}, "candidates=3 are fewer than the n=4 pictures; use at least as many"),
-        ({"candidates": 0}, "candidates=0 is no number of seeds"),
-        ({"candidates": 8.5}, "candidates=8.5 is no number of seeds; use an integer"),
+        ({"candidates": 0}, "candidates=0 is out of range; use an integer from 1"),
+        ({"candidates": 8.5}, "candidates=8.5 is of type float; use an integer"),
         ({"ratio": 0}, "ratio=0 is out of range; use a number between 0 and 1"),
         ({"ratio": 1.0}, "ratio=1.0 is out of range"),
-        ({"ratio": "half"}, "ratio='half' is no number"),
-        ({"strength": -1}, "strength=-1 is out of range; use a number from 0 upwards"),
+        ({"ratio": "half"}, "ratio='half' is of type str; use a finite number"),
+        ({"strength": -1}, "strength=-1 is out of range; use a number from 0 to 1,000"),
         ({"strength": math.inf}, "strength=inf is out of range"),
         ({"solver": "gurobi"}, "solver='gurobi' is unknown; use 'swap' or 'exact'"),
-        ({"candidates": "many"}, "candidates='many' is no number of seeds"),
+        ({"candidates": "many"}, "candidates='many' is of type str; use an integer"),
         ({"blocks": "all"}, "blocks is no parameter of method 'sgi'; use one of candidates, ratio, strength, solver"),
     ],
 )
@@ -387,14 +422,18 @@ def test_seeds_of_ones_own_for_any_method(pipe):
     (row,) = generate(request, pipeline=pipe).groups[0].rows
     images = pipe("a cat", num_images_per_prompt=3, num_inference_steps=STEPS, generator=generators((9, 2, 30))).images
     assert [image.tobytes() for image in images] == [image.tobytes() for image in row.images]
-    for seeds in ((1, 2), (1, 2, -3)):
-        with pytest.raises(ValueError, match=r"seeds=.* do not fit n=3; use one number from 0 upwards per picture"):
+    for seeds, sentence in (
+        ((1, 2), "do not fit n=3; use one number per picture"),
+        ((1, 2, -3), "holds -3; use a list of integers from 0 to"),
+        ((1, 2, 1), "hold one twice"),
+    ):
+        with pytest.raises(ValueError, match=rf"seeds=\({', '.join(map(str, seeds))}\) {sentence}"):
             replace(request, seeds=seeds)
 
 
 @pytest.mark.parametrize("method", ["contextual-repulsion", "cads", "particle-guidance"])
 def test_parameters_of_a_wrong_type_are_refused(method):
-    with pytest.raises(ValueError, match=rf"parameters=.*'strength': 'much'.* do not fit '{method}'"):
+    with pytest.raises(ValueError, match="strength='much' is of type str; use a number from 0 to 1,000"):
         replace(REQUEST, method=method, parameters={"strength": "much"})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -63,15 +64,16 @@ def _pair(text: str) -> tuple[str, Any]:
     """Name and value of NAME=VALUE; numbers and true, false and null as in JSON, anything else as it is."""
     name, equals, value = text.partition("=")
     if not equals:
-        raise typer.BadParameter(f"{text!r} is not of the form NAME=VALUE.")
+        raise ValueError(f"{text!r} is not of the form NAME=VALUE.")
     try:
         return name, json.loads(value)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return name, value
 
 
 OUTPUT = Path("variegate-out")
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures; made if needed.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the gallery that the folder holds.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -89,7 +91,9 @@ def generate(
     n: Annotated[int | None, typer.Option("-n", help="Pictures per prompt.")] = None,
     model: Annotated[str | None, typer.Option(help="Bundled model, pipeline folder or hub id.")] = None,
     method: Annotated[str | None, typer.Option(help="Diversity method, or none; see variegate methods.")] = None,
-    strength: Annotated[float | None, typer.Option(help="How hard pictures are pushed apart; 0 is off.")] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="How hard pictures are pushed apart: 0 (off) to 1,000.")
+    ] = None,
     start: Annotated[Any, typer.Option(parser=_place, metavar="STEP", help="First step to push in: 4, or 0.2.")] = None,
     stop: Annotated[Any, typer.Option(parser=_place, metavar="STEP", help="End of the pushing: 4, or 0.2.")] = None,
     blocks: Annotated[
@@ -117,6 +121,7 @@ def generate(
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     output: Output = OUTPUT,
+    overwrite: Overwrite = False,
 ) -> None:
     """Make n different pictures of each prompt, beside the stock pipeline's."""
     options = {
@@ -125,18 +130,27 @@ def generate(
         "dtype": dtype, "device": device, "offload": offload, "revision": revision,
     }  # fmt: skip
     parameters = _given({"strength": strength, "start": start, "stop": stop, "blocks": blocks, "site": site})
-    parameters |= dict(map(_pair, parameter or ()))
     with plain_errors():
-        from variegate.gallery import check_writable
+        from variegate.folder import TakenError
+        from variegate.gallery import check_output
         from variegate.request import Request
 
+        for name, value in map(_pair, parameter or ()):
+            if name in parameters:
+                raise ValueError(f"{name} is given twice; give it once.")
+            parameters[name] = value
         request = Request(tuple(prompts), parameters=parameters, **_given(options))
-        check_writable(output)
+        check_output(output, request.prompts, overwrite=overwrite)
         with progress(f"loading {request.model}") as report:
             from variegate.generation import generate as run
 
             gallery = run(request, progress=report)
-        files = gallery.save(output)
+        try:
+            files = gallery.save(output, overwrite=overwrite)
+        except TakenError as error:  # by another run, meanwhile; what is made is not to be lost
+            output = Path(tempfile.mkdtemp(prefix=f"{output.name}-", dir=output.parent))
+            typer.echo(f"Warning: {error} The pictures are elsewhere.", err=True)
+            files = gallery.save(output)
     _print_table(gallery)
     Console(soft_wrap=True).print(
         f"{len(files) - 2} pictures, sheet.png and run.json are in {escape(str(output))}", highlight=False
@@ -149,19 +163,20 @@ def replay(
     model: Annotated[str | None, typer.Option(help="Where its model is now.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.", show_default="as it was made")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the picture and its group.")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Make a picture again, with its whole group, and say whether it is identical (exit code 1 if not)."""
     with plain_errors():
         if output is not None:
-            from variegate.gallery import check_writable
+            from variegate.gallery import check_output
 
-            check_writable(output)
+            check_output(output, overwrite=overwrite)
         with progress("loading") as report:
             from variegate.generation import replay as run
 
             again = run(image, model=model, device=device, progress=report)
         if output is not None:
-            again.gallery.save(output)
+            again.gallery.save(output, overwrite=overwrite)
     if again.difference == 0:
         typer.echo(f"{image.name} is identical.")
     else:
@@ -203,17 +218,19 @@ def diagnose(
     """Is a model typical on a prompt? Its pictures beside those of prompts that have nothing in common."""
     options = {"n": n, "model": model, "seed": seed, "steps": steps, "guidance": guidance, "device": device}
     with plain_errors():
-        from variegate.gallery import check_writable
+        from variegate.files import replacing
+        from variegate.gallery import check_picture
         from variegate.request import Request
 
         request = Request((prompt,), method="none", **_given(options))
-        check_writable(output.parent)
+        kind = check_picture(output)
         with progress(f"loading {request.model}") as report:
             from variegate.diagnosis import diagnose as run
 
             found = run(request, progress=report)
         output.parent.mkdir(parents=True, exist_ok=True)
-        found.gallery.sheet().save(output)
+        with replacing(output) as temporary:
+            found.gallery.sheet().save(temporary, kind)
     own, others = (group.rows[0].vendi for group in found.gallery.groups)
     typer.echo(
         f"{request.n} pictures of {prompt!r} are as varied as {own:.2f} distinct ones, of independent prompts as "
@@ -256,7 +273,7 @@ def score(
         from variegate.scoring import score as measure
 
         if json_file is not None:
-            check_writable(json_file.parent)
+            check_writable(json_file.parent, json_file.name or ".")
         if compare is not None:
             earlier((), compare)  # can it be read?
         eyes = metrics.extractor(extractor, model=model, device=device)

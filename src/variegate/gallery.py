@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import tempfile
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
+
+from variegate.folder import RECORD, SHEET, check_free, replacing_gallery
 
 METADATA_KEY = "variegate"
 
@@ -95,62 +99,108 @@ class Gallery:
         """All pictures on one sheet: for each prompt the stock row, and below it the diverse one."""
         return _sheet(self)
 
-    def save(self, folder: str | Path) -> list[Path]:
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> list[Path]:
         """Write every picture as PNG, `sheet.png` and `run.json`; all of them, or none if something fails.
 
         Args:
-            folder: created if needed; files of the same names are replaced.
+            folder: created if needed; other files in it are left alone.
+            overwrite: replace a gallery that it holds, as a whole: `run.json` lists all pictures there are of it.
 
         Returns:
             The files: pictures prompt by prompt, then the sheet and the record of the run.
+
+        Raises:
+            ValueError: if the folder holds a gallery that is not to be replaced, or another file in the place of one.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         record: dict[str, Any] = {**self.settings, "groups": []}
-        names: list[str] = []
-        with tempfile.TemporaryDirectory(prefix=".variegate-", dir=folder) as temporary:
-            for slug, group in zip(_slugs(self.groups), self.groups, strict=True):
-                rows = []
-                for row in group.rows:
-                    suffix = "-stock" if row is group.stock else ""
-                    files = [f"{slug}-{seed:02d}{suffix}.png" for seed in self.seeds(row)]
-                    for index, (file, image) in enumerate(zip(files, row.images, strict=True)):
-                        recipe = self.recipe(group, row, index)
-                        image.save(Path(temporary, file), pnginfo=_metadata(recipe, self.seeds(row)[index], image))
-                    names += files
-                    rows.append(
-                        {
-                            "method": row.method,
-                            "parameters": dict(row.parameters),
-                            "vendi": row.vendi,
-                            "distance": row.distance,
-                            "seeds": list(self.seeds(row)),
-                            "files": files,
-                        }
-                    )
-                record["groups"].append({"prompt": group.prompt, "rows": rows})
-            self.sheet().save(Path(temporary, "sheet.png"))
-            text = json.dumps(record, indent=2, ensure_ascii=False)
-            Path(temporary, "run.json").write_text(text + "\n", encoding="utf-8")
-            names += ["sheet.png", "run.json"]
-            for name in names:
-                os.replace(Path(temporary, name), folder / name)
+        pictures: list[tuple[str, Group, Row, int]] = []
+        for slug, group in zip(_slugs([group.prompt for group in self.groups]), self.groups, strict=True):
+            rows = []
+            for row in group.rows:
+                suffix = "-stock" if row is group.stock else ""
+                files = [f"{slug}-{seed:02d}{suffix}.png" for seed in self.seeds(row)]
+                pictures += [(file, group, row, index) for index, file in enumerate(files)]
+                rows.append(
+                    {
+                        "method": row.method,
+                        "parameters": dict(row.parameters),
+                        "vendi": row.vendi,
+                        "distance": row.distance,
+                        "seeds": list(self.seeds(row)),
+                        "files": files,
+                    }
+                )
+            record["groups"].append({"prompt": group.prompt, "rows": rows})
+        text = json.dumps(record, indent=2, ensure_ascii=False)
+        names = [*(file for file, *_ in pictures), SHEET, RECORD]
+        with replacing_gallery(folder, names, overwrite) as temporary:
+            for file, group, row, index in pictures:
+                image, recipe = row.images[index], self.recipe(group, row, index)
+                image.save(temporary / file, pnginfo=_metadata(recipe, self.seeds(row)[index], image))
+            self.sheet().save(temporary / SHEET)
+            (temporary / RECORD).write_text(text + "\n", encoding="utf-8")
         return [folder / name for name in names]
 
 
-def check_writable(folder: str | Path) -> None:
-    """Make sure that a gallery can be saved there, without leaving anything behind.
+def check_writable(folder: str | Path, file: str = "") -> None:
+    """Make sure that files can be saved there, without leaving anything behind.
+
+    Args:
+        folder: there is one, or it can be made.
+        file: name of one that is going to be written or replaced.
+
+    Raises:
+        ValueError: if they can't.
+    """
+    output, path = str(Path(folder, file)), Path(folder).absolute()
+    try:
+        output.encode()
+        existing = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+        for name in (*path.relative_to(existing).parts, f".{file}.tmp"):  # a name may be too long
+            with suppress(FileNotFoundError):
+                os.lstat(existing / name)
+    except OSError as error:
+        raise ValueError(f"output={output!r} can't be written to: {existing}: {error.strerror}.") from error
+    except ValueError:  # bytes that are no text, or 0
+        raise ValueError(f"output={output!r} is no name for a file; use one of plain characters.") from None
+    if file and os.path.lexists(path / file) and not (path / file).is_file():
+        raise ValueError(f"output={output!r} is a folder, a device or a link to nothing; use the name of a file.")
+
+
+def check_picture(file: str | Path) -> str:
+    """Make sure that a picture can be saved as this file, and say in which format of Pillow's.
 
     Raises:
         ValueError: if it can't.
     """
-    path = Path(folder).absolute()
-    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    path = Path(file)
+    Image.init()
+    kind = Image.registered_extensions().get(path.suffix.lower(), "")
     try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise ValueError(f"output={str(folder)!r} can't be written to: {existing}: {error.strerror}.") from error
+        Image.new("RGB", (8, 8)).save(io.BytesIO(), kind)
+    except (KeyError, OSError, ValueError):
+        raise ValueError(
+            f"output={str(path)!r} has no ending of a picture that can be saved; use one such as .png, .jpg or .webp."
+        ) from None
+    check_writable(path.parent, path.name)
+    return kind
+
+
+def check_output(folder: str | Path, prompts: Sequence[str] = (), *, overwrite: bool = False) -> None:
+    """Make sure, before anything is made, that the gallery of these prompts can be saved there.
+
+    Raises:
+        ValueError: if it can't be written to, or as in `Gallery.save`.
+    """
+    check_writable(folder)
+    path = Path(folder)
+    if path.is_dir():
+        names = "|".join(map(re.escape, _slugs(prompts)))
+        picture = re.compile(rf"({names})-\d+(-stock)?\.png")
+        check_free(path, lambda name: name in (RECORD, SHEET) or bool(picture.fullmatch(name)), overwrite)
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
@@ -193,11 +243,11 @@ def _metadata(recipe: Mapping[str, Any], seed: int, image: Image.Image) -> PngIn
     return info
 
 
-def _slugs(groups: tuple[Group, ...]) -> Iterator[str]:
+def _slugs(prompts: Sequence[str]) -> Iterator[str]:
     """A distinct stem of file names for each prompt."""
     seen: set[str] = set()
-    for group in groups:
-        stem = re.sub(r"[\W_]+", "-", group.prompt.lower())[:48].strip("-") or "prompt"
+    for prompt in prompts:
+        stem = re.sub(r"[\W_]+", "-", prompt.lower())[:48].strip("-") or "prompt"
         slug, count = stem, 1
         while slug in seen:
             count += 1

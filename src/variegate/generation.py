@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from variegate.gallery import Gallery, Group, Row, read_recipe
 from variegate.intervention import Intervention
 from variegate.request import Request, to_text
 from variegate.selection import SGI, select
-from variegate.selection.preview import check_scheduler
+from variegate.selection.preview import arguments_of, check_scheduler
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -141,7 +140,7 @@ class _Run:
     """A request on its pipeline: what its calls have in common, and how far it is."""
 
     def __init__(self, request: Request, pipeline: Any, progress: Progress | None) -> None:
-        known = inspect.signature(type(pipeline).__call__).parameters
+        known, takes_any = arguments_of(pipeline)
         asked = {
             "num_images_per_prompt": request.n,
             "num_inference_steps": request.steps,
@@ -152,10 +151,14 @@ class _Run:
         }
         given = {name: value for name, value in asked.items() if value is not None}
         for name in given:
-            if name not in known:
+            if name not in known and not takes_any:
                 raise ValueError(f"{type(pipeline).__name__} takes no {name}, which the request asks for.")
         self.arguments = {**call_defaults(request.model), **given}
-        values = {name: parameter.default for name, parameter in known.items()} | self.arguments
+        values = known | self.arguments
+        if values.get("num_inference_steps") is None:
+            raise ValueError(
+                f"{type(pipeline).__name__} does not tell how many steps it takes; give steps, such as 20."
+            )
         self.steps = values["num_inference_steps"]
         check_steps(pipeline, self.steps)
         self.has_callback = "callback_on_step_end" in known
@@ -204,7 +207,7 @@ class _Run:
         if isinstance(method, SGI) and seeds is None:
             seeds = self._choose(prompt, method)
         with _attach(self.pipeline, method, request.seed) if isinstance(method, Intervention) else nullcontext():
-            images = self._images(prompt, seeds or range(request.seed, request.seed + request.n))
+            images = self._images(prompt, method, seeds or range(request.seed, request.seed + request.n))
         vendi = distance = None
         if len(images) > 1:
             from variegate.metrics import efficientnet_lite0
@@ -230,7 +233,7 @@ class _Run:
             )
         return choice.seeds
 
-    def _images(self, prompt: str, seeds: Sequence[int]) -> tuple[Image, ...]:
+    def _images(self, prompt: str, method: Intervention | SGI | None, seeds: Sequence[int]) -> tuple[Image, ...]:
         import numpy as np
         import torch
         from PIL import Image
@@ -253,9 +256,11 @@ class _Run:
         self._report(before + self.steps)
         pixels = np.asarray(result.images)
         if not np.isfinite(pixels).all():
+            wider = {"float16": "dtype='float32' or 'bfloat16'", "bfloat16": "dtype='float32'"}.get(request.dtype)
+            weaker = f"weaker {request.method}" if isinstance(method, Intervention) else "lower guidance"
             raise ValueError(
                 f"dtype={request.dtype!r} made pictures of {prompt!r} with values that are not finite; "
-                "nothing is kept; use dtype='float32' or 'bfloat16', or a lower strength."
+                f"nothing is kept; use {f'{wider}, or ' if wider else ''}{weaker}."
             )
         return tuple(Image.fromarray(image) for image in (pixels * 255).round().astype("uint8"))
 

@@ -6,7 +6,9 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
+
+from variegate.fields import Range, check_fields, checked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,6 +18,12 @@ if TYPE_CHECKING:
 Site = Literal["context", "attention", "image", "cross_attention"]
 SITES: tuple[str, ...] = get_args(Site)
 THIRDS = ("first", "middle", "last")
+
+STRONGEST = 1_000  # beyond, a push only takes the numbers of a model out of their range
+Strength = Annotated[float, Range(0, STRONGEST)]
+Share = Annotated[float, Range(0, 1)]  # a noise level, too
+Place = Annotated[int, Range(0, noun="a step count")] | Annotated[float, Range(0, 1, noun="a fraction of the steps")]
+BlockChoice = Literal["all", "first", "middle", "last"] | slice | Sequence[int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,41 +38,32 @@ class Intervention(ABC):  # noqa: B024, what it edits is up to the classes below
         stop: end of the window, exclusive, in the same units; None is the end of the run.
         branch: "both" guidance branches, each among its own samples, or only "cond" or "uncond".
 
+    Every field is checked by its annotation when a method is built, those of a new method, too; see
+    `variegate.fields.check_fields`.
+
     Raises:
-        ValueError: if the window or the branch is not of these forms.
+        ValueError: if a field is not what its annotation says.
     """
 
-    start: int | float = 0
-    stop: int | float | None = None
+    start: Place = 0
+    stop: Place | None = None
     branch: Literal["both", "cond", "uncond"] = "both"
 
     needs_company: ClassVar[bool] = True  # a set of one is left alone
     observes: ClassVar[bool] = False  # it only looks: that it changes nothing is no fault to tell of
 
     def __post_init__(self) -> None:
-        if self.branch not in ("both", "cond", "uncond"):
-            raise ValueError(f"branch={self.branch!r} is unknown; use 'both', 'cond' or 'uncond'.")
-        for name in ("start", "stop"):
-            value = getattr(self, name)
-            if value is None and name == "stop":
-                continue
-            fits = (isinstance(value, int) and value >= 0) or (isinstance(value, float) and 0 <= value <= 1)
-            if isinstance(value, bool) or not fits:
-                raise ValueError(
-                    f"{name}={value!r} is no place in a run; use a step count (an integer from 0) "
-                    "or a fraction of the steps (a float from 0.0 to 1.0)."
-                )
+        check_fields(self)
 
     def check_range(self, name: str, low: float, high: float = math.inf) -> None:
         """Refuse a hyper-parameter that is not a number from `low` to `high`; infinity itself is none.
 
+        A `Range` in the field's annotation does the same.
+
         Raises:
             ValueError: one sentence with its name, its value and what would do.
         """
-        value = getattr(self, name)
-        if not (low <= value <= high and abs(value) < math.inf):
-            bounds = f"from {low:g} upwards" if high == math.inf else f"from {low:g} to {high:g}"
-            raise ValueError(f"{name}={value!r} is out of range; use a number {bounds}.")
+        checked(name, getattr(self, name), Annotated[float, Range(low, None if high == math.inf else high)])
 
     @property
     def enabled(self) -> bool:
@@ -124,20 +123,11 @@ class BlockIntervention(Intervention):
         ValueError: if the site or the blocks are not of these forms.
     """
 
-    blocks: str | slice | Sequence[int] = "all"
+    blocks: BlockChoice = "all"
     site: Site = "context"
     padding: bool = True
 
     skips_last: ClassVar[bool] = True  # of the text that leaves the last block, which nobody reads
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.site not in SITES:
-            raise ValueError(f"site={self.site!r} is unknown; use one of {', '.join(SITES)}.")
-        if isinstance(self.blocks, str) and self.blocks not in ("all", *THIRDS):
-            raise ValueError(
-                f"blocks={self.blocks!r} is unknown; use 'all', 'first', 'middle', 'last', a slice or indices."
-            )
 
     def select(self, count: int) -> frozenset[int]:
         """Indices of the chosen blocks among `count`.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from variegate.emoji.models import DEVICES, DTYPES, OFFLOADS
+from variegate.fields import Range, check_fields, shown
 from variegate.intervention import Intervention
 from variegate.interventions import (
     CADS,
@@ -45,31 +47,45 @@ METHODS: Mapping[str, type[Intervention] | type[SGI] | None] = {
 }
 
 
+# What may be asked for at most, of a recipe from elsewhere, too: more is a slip or a trap, and would hang or crash.
+MOST_PICTURES = 1_024  # per prompt
+MOST_STEPS = 10_000
+MOST_GUIDANCE = 1_000
+MOST_PIXELS = 16_384  # a side
+Seed = Annotated[int, Range(0, 2**62)]  # leaves room for the seeds that follow
+
+_Side = Annotated[int, Range(1, MOST_PIXELS)]
+
+
 @dataclass(frozen=True)
 class Request:
     """A group of n pictures for each prompt; picture i of every group has seed `seed + i`.
 
+    Every value is checked when a request is built, before anything is loaded; see `variegate.fields.check_fields`.
+    Numbers of NumPy become Python's, so that a request can be written as JSON.
+
     Attributes:
         prompts: the prompts, all different.
-        n: pictures per prompt, from 1.
+        n: pictures per prompt, from 1 to 1,024; an integer, as all counts: 2.0 is none.
         model: name of a bundled model, folder of a pipeline, or hub id.
         method: diversity method, one of `METHODS`; "none" is the stock pipeline.
         parameters: keyword arguments of the method; places such as `blocks` also as text, "0,2" or "3:6".
         seed: of the first picture, from 0.
-        seeds: of the pictures, in place of `seed` and those that follow it; nothing is left to choose for sgi then.
-        steps: denoising steps; None: the model's default.
-        guidance: guidance scale; None: the model's default.
+        seeds: of the pictures, all different, in place of `seed` and those that follow it; nothing is left to choose
+            for sgi then.
+        steps: denoising steps, up to 10,000; None: the model's default.
+        guidance: guidance scale, from 0 to 1,000; None: the model's default.
         dtype: "auto", "float32", "bfloat16" or "float16".
         device: "auto", "cpu", "cuda" or "mps".
         offload: "none", "model" or "sequential": what leaves the accelerator while it is idle.
         compare: also make the stock pipeline's pictures, from the same seeds.
         revision: branch, tag or commit of a hub model.
         negative_prompt: what the pictures should not show, for pipelines that take it.
-        height: pixels; None: the pipeline's default.
-        width: pixels; None: the pipeline's default.
+        height: pixels, up to 16,384; None: the pipeline's default.
+        width: as `height`.
 
     Raises:
-        ValueError: if a value is out of its range or unknown.
+        ValueError: if a value is of another type, out of its range or unknown.
 
     Example:
         >>> Request(("a mythical creature",), n=4, parameters={"strength": 0.8}).intervention.strength
@@ -77,48 +93,50 @@ class Request:
     """
 
     prompts: tuple[str, ...]
-    n: int = 8
+    n: Annotated[int, Range(1, MOST_PICTURES)] = 8
     model: str = "emoji-base"
     method: str = "contextual-repulsion"
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    seed: int = 0
-    steps: int | None = None
-    guidance: float | None = None
+    seed: Seed = 0
+    steps: Annotated[int, Range(1, MOST_STEPS)] | None = None
+    guidance: Annotated[float, Range(0, MOST_GUIDANCE)] | None = None
     dtype: str = "auto"
     device: str = "auto"
     offload: str = "none"
     compare: bool = True
     revision: str | None = None
     negative_prompt: str | None = None
-    height: int | None = None
-    width: int | None = None
-    seeds: tuple[int, ...] | None = None
+    height: _Side | None = None
+    width: _Side | None = None
+    seeds: tuple[Seed, ...] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.prompts, str) or not self.prompts:
-            raise ValueError(f"prompts={self.prompts!r} is no sequence of prompts; use one such as ('an animal',).")
+        if isinstance(self.model, os.PathLike):
+            object.__setattr__(self, "model", os.fspath(self.model))
+        check_fields(self)
         for place, prompt in enumerate(self.prompts):
             if not prompt.strip() or prompt in self.prompts[:place]:
                 flaw = "given twice" if prompt.strip() else "blank"
-                raise ValueError(f"prompts[{place}]={prompt!r} is {flaw}; every prompt needs words of its own.")
+                raise ValueError(f"prompts[{place}]={shown(prompt)} is {flaw}; every prompt needs words of its own.")
         choices = {"method": tuple(METHODS), "dtype": DTYPES, "device": DEVICES, "offload": OFFLOADS}
         for name, choice in choices.items():
             value = getattr(self, name)
             if value not in choice:
-                raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(choice)}.")
-        for name, low in (("n", 1), ("seed", 0), ("steps", 1), ("guidance", 0), ("height", 1), ("width", 1)):
-            value = getattr(self, name)
-            if value is not None and not low <= value < 2**62:
-                raise ValueError(f"{name}={value!r} is out of range; use a number from {low} upwards.")
-        if self.seeds is not None and (len(self.seeds) != self.n or not all(0 <= seed < 2**62 for seed in self.seeds)):
-            raise ValueError(f"seeds={self.seeds!r} do not fit n={self.n}; use one number from 0 upwards per picture.")
+                raise ValueError(f"{name}={shown(value)} is unknown; use one of {', '.join(choice)}.")
+        if self.seeds is not None and len({*self.seeds}) != len(self.seeds):
+            raise ValueError(f"seeds={shown(self.seeds)} hold one twice; the pictures would be the same.")
+        if self.seeds is not None and len(self.seeds) != self.n:
+            raise ValueError(f"seeds={shown(self.seeds)} do not fit n={self.n}; use one number per picture.")
         cls = METHODS[self.method]
         known = [option.name for option in dataclasses.fields(cls)] if cls else []
         for name in self.parameters:
             if name not in known:
                 advice = f"use one of {', '.join(known)}" if known else "leave it out"
-                raise ValueError(f"{name} is no parameter of method {self.method!r}; {advice}.")
+                label = name if str(name).isidentifier() else shown(name)
+                raise ValueError(f"{label} is no parameter of method {self.method!r}; {advice}.")
         made = self.configured  # refuses bad values of parameters
+        plain = {name: to_text(getattr(made, name)) for name in self.parameters}
+        object.__setattr__(self, "parameters", plain)
         if isinstance(made, SGI):
             made.check(self.n)
 
@@ -135,10 +153,7 @@ class Request:
         if cls is None:
             return None
         places = {name: from_text(self.parameters[name]) for name in ("blocks", "tokens") if name in self.parameters}
-        try:
-            return cls(**{**self.parameters, **places})
-        except TypeError as error:
-            raise ValueError(f"parameters={dict(self.parameters)!r} do not fit {self.method!r}: {error}.") from error
+        return cls(**{**self.parameters, **places})
 
 
 def from_text(place: Any) -> Any:

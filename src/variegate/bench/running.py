@@ -102,7 +102,7 @@ def run(
             else:
                 _check_weights(weights, result.record, folder)
                 if result.gallery is not None:
-                    result.gallery.save(folder / "images" / cell.key)
+                    result.gallery.save(folder / "images" / cell.key, overwrite=True)
                 write(folder, result.record)
                 made += 1
             if progress is not None:

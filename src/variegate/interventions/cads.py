@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from variegate.intervention import ConditionIntervention
+from variegate.intervention import ConditionIntervention, Share, Strength
 from variegate.step import Moment
 
 if TYPE_CHECKING:
@@ -42,21 +42,19 @@ class CADS(ConditionIntervention):
         0.5
     """
 
-    strength: float = 0.25
+    strength: Strength = 0.25
     clear: float = 0.6
     blind: float = 0.9
-    rescaling: float = 1.0
+    rescaling: Share = 1.0
     branch: Literal["both", "cond", "uncond"] = "cond"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_range("strength", 0)
         if not 0 <= self.clear < self.blind <= 1:
             raise ValueError(
                 f"clear={self.clear!r} and blind={self.blind!r} are no noise levels in order; "
                 "use 0 <= clear < blind <= 1."
             )
-        self.check_range("rescaling", 0, 1)
 
     def gamma(self, noise: float) -> float:
         """Share of the condition at a noise level, before the square root."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from variegate.intervention import PreviewIntervention
+from variegate.fields import Range
+from variegate.intervention import PreviewIntervention, Strength
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,15 +48,9 @@ class CNO(PreviewIntervention):
         0.1
     """
 
-    strength: float = 0.05
-    iterations: int = 3
-    temperature: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_range("strength", 0)
-        self.check_range("iterations", 1)
-        self.check_range("temperature", 1e-3)
+    strength: Strength = 0.05
+    iterations: Annotated[int, Range(1, 1_000)] = 3
+    temperature: Annotated[float, Range(1e-3, 1_000)] = 0.1
 
     def edit(self, noise: Tensor, preview: Callable[[Tensor], Tensor]) -> Tensor:
         """See `PreviewIntervention.edit`."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from variegate.intervention import TokenIntervention
+from variegate.fields import Range
+from variegate.intervention import BlockChoice, Place, Strength, TokenIntervention
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +31,7 @@ class ContextualRepulsion(TokenIntervention):
             widens reach the next, so that deep models are not pushed harder; the same knob for every model, choice of
             blocks and prompt length. 0 is off, bit-identical to the stock pipeline.
         eta: step length at each block in the paper's unit, which does not carry over between models; takes the
-            place of `strength`.
+            place of `strength`, which is left out then.
         inner_steps: M, gradient steps per block.
         objective: "vendi", "rke", "log_det" or "cosine".
         order: order q of the Vendi score, in (0, inf]; 1 is the paper's.
@@ -54,25 +56,23 @@ class ContextualRepulsion(TokenIntervention):
         (50, 1, 'all')
     """
 
-    strength: float = 0.6
-    start: int | float = 0
-    stop: int | float | None = 0.2
-    eta: float | None = None
-    blocks: str | slice | Sequence[int] = "first"
-    inner_steps: int = 5
+    strength: Strength = 0.6
+    start: Place = 0
+    stop: Place | None = 0.2
+    eta: Annotated[float, Range(0, 10**12)] | None = None
+    blocks: BlockChoice = "first"
+    inner_steps: Annotated[int, Range(1, 10_000)] = 5
     objective: str = "vendi"
-    order: float = 1.0
-    target: float | None = None
+    order: Annotated[float, Range(0, math.inf)] = 1.0
+    target: Annotated[float, Range(1)] | None = None
     preserve_norm: bool = False
     tokens: slice | Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, low in (("strength", 0.0), ("eta", 0.0), ("target", 1.0)):
-            if getattr(self, name) is not None:
-                self.check_range(name, low)
-        if self.inner_steps < 1:
-            raise ValueError(f"inner_steps={self.inner_steps!r} is out of range; use an integer from 1.")
+        # Its default is what it has if nobody gave it, and after `replace` and in recipes, too.
+        if self.eta is not None and self.strength != type(self).strength:
+            raise ValueError(f"strength={self.strength!r} beside eta={self.eta!r}: each is the step length; give one.")
         self._objective()  # refuses an unknown name or order
 
     @classmethod
@@ -98,13 +98,16 @@ class ContextualRepulsion(TokenIntervention):
 
     def split(self, count: int) -> ContextualRepulsion:
         """The push at each of `count` blocks."""
-        return replace(self, strength=self.strength / count)
+        return self if self.eta is not None else replace(self, strength=self.strength / count)
 
     def edit(self, tokens: Tensor) -> Tensor:
         """Take the inner steps; see `TokenIntervention.edit`."""
         if self.tokens is None:
             return self._flow(tokens)
         chosen = self.tokens if isinstance(self.tokens, slice) else list(self.tokens)
+        count = tokens.shape[2]
+        if isinstance(chosen, list) and not all(-count <= index < count for index in chosen):
+            raise ValueError(f"tokens={self.tokens!r}: the prompt has {count} text tokens, 0 to {count - 1}.")
         edited = tokens.clone()
         edited[:, :, chosen] = self._flow(tokens[:, :, chosen])
         return edited

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from variegate.intervention import Site, TokenIntervention
+from variegate.fields import Range
+from variegate.intervention import Place, Site, TokenIntervention
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +23,7 @@ class DAVE(TokenIntervention):
         start, stop, blocks, site, branch: see `TokenIntervention`.
 
     Raises:
-        ValueError: if `keep` is not a finite number.
+        ValueError: if a value is out of its range.
 
     Reference:
         arXiv 2606.06813.
@@ -33,16 +34,11 @@ class DAVE(TokenIntervention):
         [-1.0, 1.0]
     """
 
-    keep: float = 0.8
-    stop: int | float | None = 0.2
+    keep: Annotated[float, Range(-100, 100)] = 0.8
+    stop: Place | None = 0.2
     site: Site = "image"
 
     needs_company: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not abs(self.keep) < float("inf"):
-            raise ValueError(f"keep={self.keep!r} is no finite number; use one such as 0.8.")
 
     @property
     def enabled(self) -> bool:

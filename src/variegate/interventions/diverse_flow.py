@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from variegate.intervention import PredictionIntervention
+from variegate.fields import Range
+from variegate.intervention import PredictionIntervention, Strength
 from variegate.step import Moment
 
 if TYPE_CHECKING:
@@ -48,18 +49,11 @@ class DiverseFlow(PredictionIntervention):
         1.0
     """
 
-    strength: float = 0.3
-    spread: float = 1.0
+    strength: Strength = 0.3
+    spread: Annotated[float, Range(1e-3, 1_000)] = 1.0
     features: Callable[[Any], Any] | None = None
 
     shared: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_range("strength", 0)
-        self.check_range("spread", 1e-3)
-        if self.features is not None and not callable(self.features):
-            raise ValueError(f"features={self.features!r} is no function; use one from latents to features, or None.")
 
     def edit(self, prediction: Tensor, latents: Tensor, moment: Moment) -> Tensor:
         """See `PredictionIntervention.edit`."""

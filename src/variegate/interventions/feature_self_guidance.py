@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from variegate.intervention import BlockCall, ImageIntervention
+from variegate.fields import Range
+from variegate.intervention import BlockCall, BlockChoice, ImageIntervention, Share, Strength
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,20 +46,12 @@ class FeatureSelfGuidance(ImageIntervention):
         0.8
     """
 
-    blend: float = 0.4
-    learning_rate: float = 0.5
-    inner_steps: int = 30
-    temperature: float = 1.0
-    low: float = 0.8
-    blocks: str | slice | Sequence[int] = (2,)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_range("blend", 0, 1)
-        self.check_range("learning_rate", 0)
-        self.check_range("inner_steps", 1)
-        self.check_range("temperature", 1e-3)
-        self.check_range("low", 0, 1)
+    blend: Share = 0.4
+    learning_rate: Strength = 0.5
+    inner_steps: Annotated[int, Range(1, 10_000)] = 30
+    temperature: Annotated[float, Range(1e-3, 1_000)] = 1.0
+    low: Share = 0.8
+    blocks: BlockChoice = (2,)
 
     @property
     def enabled(self) -> bool:
@@ -97,7 +89,8 @@ class Dispersion:
         import numpy as np
 
         kernel = gram / _lengths(gram)
-        return -np.log(np.exp(kernel / self.temperature).mean((-2, -1)))
+        # Relative to the greatest there can be, as below: no overflow.
+        return -(np.log(np.exp((kernel - 1) / self.temperature).mean((-2, -1))) + 1 / self.temperature)
 
     def coefficients(self, gram: Any) -> Any:
         """A with gradient_i = sum_j A_ij h_j: the slope of each K_ij, without its part along h_i."""
@@ -105,7 +98,7 @@ class Dispersion:
 
         lengths = _lengths(gram)
         kernel = gram / lengths
-        weights = np.exp(kernel / self.temperature)
+        weights = np.exp((kernel - 1) / self.temperature)
         slope = -2 * weights / weights.sum((-2, -1), keepdims=True) / self.temperature
         return (slope - np.eye(kernel.shape[-1]) * (slope @ kernel)) / lengths
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from variegate.intervention import PredictionIntervention
+from variegate.intervention import PredictionIntervention, Share, Strength
 from variegate.step import Moment
 
 if TYPE_CHECKING:
@@ -41,13 +41,8 @@ class ParticleGuidance(PredictionIntervention):
         0.5
     """
 
-    strength: float = 30.0
-    low: float = 0.5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_range("strength", 0)
-        self.check_range("low", 0, 1)
+    strength: Strength = 30.0
+    low: Share = 0.5
 
     def idle(self) -> str:
         """See `Intervention.idle`."""

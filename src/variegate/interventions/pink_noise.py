@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+from variegate.fields import Range
 from variegate.intervention import NoiseIntervention
 
 if TYPE_CHECKING:
@@ -39,11 +40,7 @@ class PinkNoise(NoiseIntervention):
         True
     """
 
-    exponent: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_range("exponent", 0)
+    exponent: Annotated[float, Range(0, 10)] = 1.0
 
     @property
     def enabled(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from variegate.intervention import ConditionIntervention
+from variegate.intervention import ConditionIntervention, Place, Share, Strength
 from variegate.step import Moment
 
 if TYPE_CHECKING:
@@ -35,15 +35,10 @@ class SeedVariance(ConditionIntervention):
         0.5
     """
 
-    strength: float = 1.0
-    share: float = 0.5
-    stop: int | float | None = 0.2
+    strength: Strength = 1.0
+    share: Share = 0.5
+    stop: Place | None = 0.2
     branch: Literal["both", "cond", "uncond"] = "cond"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_range("strength", 0)
-        self.check_range("share", 0, 1)
 
     @property
     def enabled(self) -> bool:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from variegate.intervention import PredictionIntervention
+from variegate.fields import Range
+from variegate.intervention import PredictionIntervention, Strength
 from variegate.step import Moment
 
 if TYPE_CHECKING:
@@ -51,24 +52,16 @@ class SPARKE(PredictionIntervention):
         4000
     """
 
-    strength: float = 0.03
-    every: int = 1
-    image_width: float = 0.7
-    text_width: float = 0.35
-    bank: int = 4000
+    strength: Strength = 0.03
+    every: Annotated[int, Range(1)] = 1
+    image_width: Annotated[float, Range(1e-3, 1_000)] = 0.7
+    text_width: Annotated[float, Range(1e-3, 1_000)] = 0.35
+    bank: Annotated[int, Range(0)] = 4000
 
     needs_company: ClassVar[bool] = False
     shared: ClassVar[bool] = True
     remembers: ClassVar[bool] = True
     reads_text: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_range("strength", 0)
-        self.check_range("every", 1)
-        self.check_range("image_width", 1e-3)
-        self.check_range("text_width", 1e-3)
-        self.check_range("bank", 0)
 
     def edit(self, prediction: Tensor, latents: Tensor, moment: Moment) -> Tensor:
         """See `PredictionIntervention.edit`."""

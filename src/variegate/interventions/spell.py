@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from variegate.intervention import PredictionIntervention
+from variegate.fields import Range
+from variegate.intervention import PredictionIntervention, Strength
 from variegate.step import Moment
 
 if TYPE_CHECKING:
@@ -45,19 +46,13 @@ class SPELL(PredictionIntervention):
         1.6
     """
 
-    strength: float = 1.6
-    radius: float = 0.5
-    bank: int = 1000
+    strength: Strength = 1.6
+    radius: Annotated[float, Range(0, 1_000)] = 0.5
+    bank: Annotated[int, Range(0)] = 1000
 
     needs_company: ClassVar[bool] = False
     shared: ClassVar[bool] = True
     remembers: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_range("strength", 0)
-        self.check_range("radius", 0)
-        self.check_range("bank", 0)
 
     @property
     def enabled(self) -> bool:

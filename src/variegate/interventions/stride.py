@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from variegate.intervention import BlockCall, ImageIntervention
+from variegate.fields import Range
+from variegate.intervention import BlockCall, BlockChoice, ImageIntervention, Place, Strength
 from variegate.step import Moment
 
 if TYPE_CHECKING:
@@ -44,19 +44,13 @@ class STRIDE(ImageIntervention):
         'first'
     """
 
-    strength: float = 0.7
-    components: int = 4
-    exponent: float = 1.0
-    stop: int | float | None = 0.2
-    blocks: str | slice | Sequence[int] = "first"
+    strength: Strength = 0.7
+    components: Annotated[int, Range(1, 10_000)] = 4
+    exponent: Annotated[float, Range(0, 10)] = 1.0
+    stop: Place | None = 0.2
+    blocks: BlockChoice = "first"
 
     needs_company: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_range("strength", 0)
-        self.check_range("components", 1)
-        self.check_range("exponent", 0)
 
     def edit(self, tokens: Tensor, block: BlockCall) -> Tensor:
         """See `ImageIntervention.edit`."""

@@ -4,10 +4,37 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 from variegate.emoji.models import quiet
+
+
+def arguments_of(pipe: Any) -> tuple[dict[str, Any], bool]:
+    """What a pipeline's call takes: names and defaults, and whether it takes any other, too.
+
+    A call that hands on whatever it is given, `__call__(self, *args, **kwargs)`, takes what the class below takes.
+
+    Example:
+        >>> class Pipeline:
+        ...     def __call__(self, prompt, steps=20): ...
+        >>> class Logged(Pipeline):
+        ...     def __call__(self, *args, log=None, **kwargs): ...
+        >>> arguments_of(Logged())
+        ({'log': None, 'prompt': None, 'steps': 20}, False)
+    """
+    found: dict[str, Any] = {}
+    for cls in type(pipe).__mro__:
+        if "__call__" not in vars(cls):
+            continue
+        parameters = list(inspect.signature(vars(cls)["__call__"]).parameters.values())[1:]
+        for parameter in parameters:
+            if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                found.setdefault(parameter.name, None if parameter.default is parameter.empty else parameter.default)
+        if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters):
+            return found, False
+    return found, True
 
 
 def check_scheduler(pipe: Any) -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
 from variegate.emoji.models import check_steps
+from variegate.fields import Range, check_fields, checked
+from variegate.intervention import Strength
 from variegate.selection import solvers
-from variegate.selection.preview import check_scheduler, previews
+from variegate.selection.preview import arguments_of, check_scheduler, previews
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -57,25 +59,17 @@ class SGI:
         [(1, 64, 7), (2, 7, 4)]
     """
 
-    candidates: int = 64
+    candidates: Annotated[int, Range(1, 10_000)] = 64
     ratio: float = 0.5
-    strength: float = 1.5
+    strength: Strength = 1.5
     solver: Literal["swap", "exact"] = "swap"
 
     needs_company: ClassVar[bool] = True  # a single picture is its seed's
 
     def __post_init__(self) -> None:
-        if not isinstance(self.candidates, int) or self.candidates < 1:
-            raise ValueError(f"candidates={self.candidates!r} is no number of seeds; use an integer from 1 upwards.")
-        for name in ("ratio", "strength"):
-            if not isinstance(getattr(self, name), (int, float)):
-                raise ValueError(f"{name}={getattr(self, name)!r} is no number.")
+        check_fields(self)
         if not 0 < self.ratio < 1:
             raise ValueError(f"ratio={self.ratio!r} is out of range; use a number between 0 and 1, such as 0.5.")
-        if not 0 <= self.strength < math.inf:
-            raise ValueError(f"strength={self.strength!r} is out of range; use a number from 0 upwards.")
-        if self.solver not in ("swap", "exact"):
-            raise ValueError(f"solver={self.solver!r} is unknown; use 'swap' or 'exact'.")
 
     def rounds(self, n: int, steps: int) -> Iterator[tuple[int, int, int]]:
         """The prunings of a run: after which step, from how many candidates, to how many.
@@ -99,8 +93,9 @@ class SGI:
         """Make sure that n can be chosen.
 
         Raises:
-            ValueError: if there are fewer candidates.
+            ValueError: if n is no number of pictures, or there are fewer candidates.
         """
+        checked("n", n, Annotated[int, Range(1)])
         if self.candidates < n:
             raise ValueError(f"candidates={self.candidates} are fewer than the n={n} pictures; use at least as many.")
 
@@ -143,9 +138,9 @@ def select(
         call: further arguments of the pipeline's call, the same as for the pictures.
 
     Raises:
-        ValueError: if there are fewer candidates than pictures, the scheduler is of another kind or can't run in so
-            few steps, `quality` does not give a finite number for each image or `extract` finite features, or SciPy is
-            missing for the exact solver.
+        ValueError: if a number is out of its range, there are fewer candidates than pictures, the scheduler is of
+            another kind or can't run in so few steps, `quality` does not give a finite number for each image or
+            `extract` finite features, or SciPy is missing for the exact solver.
 
     Example:
         >>> from variegate.emoji import load_pipeline
@@ -155,7 +150,11 @@ def select(
         (2, 2)
     """
     method.check(n)
+    n, seed = operator.index(n), checked("seed", seed, Annotated[int, Range(0)])
     check_scheduler(pipe)
+    steps = {**arguments_of(pipe)[0], **call}.get("num_inference_steps")
+    steps = checked("num_inference_steps", steps, Annotated[int, Range(1)])
+    check_steps(pipe, steps)
     seeds = list(range(seed, seed + method.candidates))
     if quality is None and (method.strength == 0 or n == 1):  # nothing to choose by
         return Choice(tuple(seeds[:n]), ())
@@ -163,9 +162,6 @@ def select(
         from variegate.metrics import efficientnet_lite0
 
         extract = efficientnet_lite0()
-    arguments = inspect.signature(pipe.__call__).parameters
-    steps = call.get("num_inference_steps", arguments["num_inference_steps"].default)
-    check_steps(pipe, steps)
     scores, done = [], 0
     for step, _, kept in method.rounds(n, steps):
         singles: list[float] = []
