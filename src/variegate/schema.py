@@ -193,6 +193,7 @@ def _check_table(value: dict[str, Any], schema: Mapping[Any, Schema], name: str,
             raise ValueError(f"{inside}{key} is missing.")
     for key, item in value.items():
         check(key, str, f"key of {name or kind}")
+        label = key if key in known or (key.isidentifier() and len(key) < 100) else short(key)
         if key not in known and ... not in schema:
-            raise ValueError(f"{inside}{short(key)[1:-1]} is no key of {name or kind}; use one of {', '.join(known)}.")
-        check(item, schema[known.get(key, ...)], f"{inside}{short(key)[1:-1]}")
+            raise ValueError(f"{label} is no key of {name or kind}; use one of {', '.join(known)}.")
+        check(item, schema[known.get(key, ...)], f"{inside}{label}")

@@ -32,7 +32,7 @@ def run(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     offload: Annotated[str, typer.Option(help="none, model or sequential.")] = "none",
 ) -> None:
-    """Make the cells of a grid that have no record yet (exit code 1 if some can't be made)."""
+    """Make the cells of a grid that are not done yet, record and pictures (exit code 1 if some can't be made)."""
     with plain_errors():
         from variegate.bench.grid import read_grid
         from variegate.bench.running import run as make
