@@ -2,7 +2,8 @@
 
 A schema is a value of the kind it describes:
 
-- `str`, `bool`, `int` (of 64 bits), `float` (finite; an int too), `None`, and `SCALAR` for any of them, infinity too;
+- `str`, `bool`, `int` (of 64 bits), `float` (finite; an int too), `None`; `SCALAR` for any of them, infinity too;
+  `NAME` for a text of up to 255 characters without control characters; `object` for whatever it may be;
 - `[spec]`, a list of any length; `[spec, spec, ...]`, one of exactly these;
 - `{name: spec}`, a table of these keys: one that ends in "?" may be missing, and `...: spec` stands for all others;
 - `(spec, spec, ...)`, any of these.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import reprlib
 import sys
 from collections.abc import Callable, Mapping
@@ -34,11 +36,17 @@ class SCALAR:
     """Schema of any text, number or truth, or nothing; infinity, too."""
 
 
+class NAME:
+    """Schema of a text that is shown: short, and without characters that steer a terminal."""
+
+
+LONGEST_NAME = 255
+
 _TYPES: Mapping[Any, tuple[type, ...]] = {
-    str: (str,), bool: (bool,), int: (int,), float: (int, float), None: (type(None),),
+    str: (str,), NAME: (str,), bool: (bool,), int: (int,), float: (int, float), None: (type(None),),
     SCALAR: (str, bool, int, float, type(None)),
 }  # fmt: skip
-_WORDS: Mapping[Any, str] = {None: "null", SCALAR: "text or a number", float: "int or float"}
+_WORDS: Mapping[Any, str] = {None: "null", NAME: "str", SCALAR: "text or a number", float: "int or float"}
 
 
 def read_text(path: Path, most: int = MOST_BYTES) -> str:
@@ -126,6 +134,8 @@ def check(value: Any, schema: Schema, name: str = "", kind: str = "a table") -> 
         elif isinstance(one, dict):
             if isinstance(value, dict):
                 return _check_table(value, one, name, kind)
+        elif one is object:
+            return None
         elif type(value) in _TYPES[one]:
             return _check_scalar(value, one, name)
     raise ValueError(f"{name or kind}{'=' if name else ': '}{short(value)} is not {_described(schema)}.")
@@ -171,6 +181,10 @@ def _check_scalar(value: Any, schema: Schema, name: str) -> None:
             value.encode()
         except UnicodeEncodeError:
             raise ValueError(f"{name}={short(value)} has a character that is none (half of a pair).") from None
+        if schema is NAME and (len(value) > LONGEST_NAME or re.search(r"[\x00-\x1f\x7f-\x9f]", value)):
+            raise ValueError(
+                f"{name}={short(value)} is no name; use up to {LONGEST_NAME} characters, none for control."
+            )
     elif isinstance(value, float):
         if math.isnan(value) or (math.isinf(value) and schema is float):
             raise ValueError(f"{name}={value!r} is out of range; use a finite number.")
@@ -192,8 +206,8 @@ def _check_table(value: dict[str, Any], schema: Mapping[Any, Schema], name: str,
         if key not in value and not full.endswith("?"):
             raise ValueError(f"{inside}{key} is missing.")
     for key, item in value.items():
-        check(key, str, f"key of {name or kind}")
-        label = key if key in known or (key.isidentifier() and len(key) < 100) else short(key)
+        check(key, NAME, f"key of {name or kind}")
+        label = key if key.isidentifier() else short(key)
         if key not in known and ... not in schema:
             raise ValueError(f"{label} is no key of {name or kind}; use one of {', '.join(known)}.")
         check(item, schema[known.get(key, ...)], f"{inside}{label}")
