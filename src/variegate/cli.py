@@ -160,7 +160,13 @@ def generate(
 @app.command()
 def replay(
     image: Annotated[Path, typer.Argument(help="A PNG that variegate made.", show_default=False)],
-    model: Annotated[str | None, typer.Option(help="Where its model is now.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Where its model is now: bundled, folder or hub id.", show_default="as it says, if bundled"),
+    ] = None,
+    trust_recipe: Annotated[
+        bool, typer.Option("--trust-recipe", help="Also load the model of the hub that the file names.")
+    ] = False,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.", show_default="as it was made")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the picture and its group.")] = None,
     overwrite: Overwrite = False,
@@ -174,17 +180,10 @@ def replay(
         with progress("loading") as report:
             from variegate.generation import replay as run
 
-            again = run(image, model=model, device=device, progress=report)
+            again = run(image, model=model, device=device, progress=report, trust_recipe=trust_recipe)
         if output is not None:
             again.gallery.save(output, overwrite=overwrite)
-    if again.difference == 0:
-        typer.echo(f"{image.name} is identical.")
-    else:
-        changed = ", ".join(f"{name} {then} -> {now}" for name, (then, now) in again.versions.items())
-        typer.echo(
-            f"{image.name} is not identical: pixels differ by up to {again.difference} of 255; "
-            + (f"these versions differ: {changed}." if changed else "all library versions are the same.")
-        )
+    typer.echo(f"{image.name} is {again.report}.")
     if output is not None:
         typer.echo(f"The group is in {output}")
     raise typer.Exit(int(again.difference > 0))

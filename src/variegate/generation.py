@@ -11,10 +11,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from variegate.emoji.models import call_defaults, check_steps, load_pipeline, locate, pick_device, pick_dtype, quiet
+from variegate import recipes
+from variegate.emoji.models import (
+    DEVICES,
+    call_defaults,
+    check_steps,
+    load_pipeline,
+    locate,
+    pick_device,
+    pick_dtype,
+    quiet,
+)
 from variegate.gallery import Gallery, Group, Row, read_recipe
 from variegate.intervention import Intervention
 from variegate.request import Request, to_text
+from variegate.sampling import UNTOLD, adapters_of, differences, scheduler_of, seeded
+from variegate.schema import FORMAT
 from variegate.selection import SGI, select
 from variegate.selection.preview import arguments_of, check_scheduler
 
@@ -36,23 +48,40 @@ class Replay:
         index: its place in the group.
         difference: largest difference between a value of the old picture and the new one, of 0 to 255.
         versions: library to its versions (then, now), where they are not the same.
+        changes: "scheduler", "adapters", "dtype" or "device" to what they were and are, where they are not the same.
     """
 
     gallery: Gallery
     index: int
     difference: int
     versions: Mapping[str, tuple[str, str]]
+    changes: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def report(self) -> str:
+        """In words: identical or not, and what has changed since that may be why."""
+        if self.difference == 0:
+            return "identical"
+        every = {**self.changes, **self.versions}
+        changed = "; ".join(f"{name} {then} -> {now}" for name, (then, now) in every.items())
+        return f"not identical: pixels differ by up to {self.difference} of 255; " + (
+            f"what differs: {changed}"
+            if changed
+            else "all library versions, the scheduler and the adapters are the same"
+        )
 
 
 def generate(request: Request, *, pipeline: Any | None = None, progress: Progress | None = None) -> Gallery:
     """Make the pictures of a request.
 
     Each prompt is one call of the stock pipeline, or, to compare, two with the same seeds: one as it is, one
-    with the method attached. A method that chooses makes the second from the seeds it has chosen.
+    with the method attached. A method that chooses makes the second from the seeds it has chosen. A scheduler that
+    draws noise in its steps draws it by the seeds of the call, see `sampling.seeded`.
 
     Args:
         request: what to make.
-        pipeline: use this one, in place of loading `request.model`, which should then be its name.
+        pipeline: use this one, in place of loading `request.model`, which should then be its name; of a path, the
+            recipes tell the last part alone.
         progress: called after each denoising step with the steps done and those of the whole request.
 
     Raises:
@@ -84,7 +113,14 @@ def generate(request: Request, *, pipeline: Any | None = None, progress: Progres
         )
         pipeline = load_pipeline(checkpoint.folder, dtype=request.dtype, device=request.device, offload=request.offload)
     else:
-        request = dataclasses.replace(request, dtype=str(pipeline.dtype).removeprefix("torch."))
+        # The recipe has no path, which may tell a user's name, and says where the pipeline really is.
+        device = str(getattr(pipeline, "_execution_device", request.device)).partition(":")[0]
+        request = dataclasses.replace(
+            request,
+            model=recipes.name_of(request.model),
+            device=device if device in DEVICES else request.device,
+            dtype=str(pipeline.dtype).removeprefix("torch."),
+        )
     run = _Run(request, pipeline, progress)
     return Gallery(tuple(run.group(prompt) for prompt in request.prompts), run.settings)
 
@@ -96,36 +132,37 @@ def replay(
     device: str | None = None,
     pipeline: Any | None = None,
     progress: Progress | None = None,
+    trust_recipe: bool = False,
 ) -> Replay:
     """Make a picture again from its file alone, with the group it belongs to, and compare.
 
+    The file may be anybody's: of itself it only loads bundled models, and it can't ask for more than a picture of the
+    model's kind takes. docs/security.md says what is trusted.
+
     Args:
         path: PNG of a saved gallery.
-        model: where its model is now; None: where it was. A picture from a local folder knows only its name.
+        model: where its model is now: a bundled one, a folder or a hub id; None: the bundled one that it names.
         device: in place of the one it was made on.
         pipeline: as in `generate`.
         progress: as in `generate`.
+        trust_recipe: also load the model of the hub that it names.
 
     Raises:
-        ValueError: if the file has no recipe, or the recipe can't be followed.
+        ValueError: if the file has no recipe, or the recipe can't or must not be followed.
+
+    Warns:
+        UserWarning: if the pipeline has another scheduler or other adapters than the recipe.
     """
     import numpy as np
     from PIL import Image
 
     recipe = read_recipe(path)
-    names = {option.name for option in dataclasses.fields(Request)}
-    settings = {key: value for key, value in recipe.items() if key in names}
-    if model is not None:
-        settings |= {"model": model, "revision": None}
-    if device is not None:
-        settings["device"] = device
-    try:
-        if "seeds" in settings:
-            settings["seeds"] = tuple(settings["seeds"])
-        request = Request(prompts=(recipe["prompt"],), compare=False, **settings)
-        index = range(request.n)[recipe["index"]]
-    except (TypeError, IndexError) as error:
-        raise ValueError(f"{path} has a recipe that can't be followed: {error}.") from error
+    request = recipes.request_of(recipe, path, model=model, device=device, pipeline=pipeline, trust=trust_recipe)
+    recipes.check_size(request, path, pipeline)
+    changes = {} if pipeline is None else differences(recipe, _sampling(pipeline))
+    if told := ", ".join(f"{name} {then}, not {now}" for name, (then, now) in changes.items() if then != UNTOLD):
+        warnings.warn(f"{path} was not made as this pipeline would make it, but with {told}.", stacklevel=2)
+    index = recipe["index"]
     gallery = generate(request, pipeline=pipeline, progress=progress)
     (row,) = gallery.groups[0].rows
     with Image.open(path) as image:
@@ -133,7 +170,7 @@ def replay(
     difference = int(abs(old - new).max()) if old.shape == new.shape else 255
     then, now = recipe.get("versions", {}), _versions()
     changed = {name: (then.get(name, "?"), now[name]) for name in now if then.get(name) != now[name]}
-    return Replay(gallery, index, difference, changed)
+    return Replay(gallery, index, difference, changed, differences(recipe, gallery.settings))
 
 
 class _Run:
@@ -185,11 +222,16 @@ class _Run:
             "device",
             "offload",
         )
-        self.settings = {name: getattr(request, name) for name in kept} | {
-            "steps": self.steps,
-            "guidance": values.get("guidance_scale"),
-            "versions": _versions(),
-        }
+        self.settings = (
+            {"format": FORMAT}
+            | {name: getattr(request, name) for name in kept}
+            | {
+                "steps": self.steps,
+                "guidance": values.get("guidance_scale"),
+                "versions": _versions(),
+                **_sampling(pipeline),
+            }
+        )
 
     def group(self, prompt: str) -> Group:
         """The pictures of one prompt."""
@@ -245,7 +287,7 @@ class _Run:
             return {}
 
         callback = {"callback_on_step_end": step_end} if self.has_callback else {}
-        with self._enough_memory(), quiet():
+        with self._enough_memory(), quiet(), seeded(self.pipeline, seeds):
             result = self.pipeline(
                 prompt=prompt,
                 generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
@@ -310,6 +352,10 @@ def _cut(pipeline: Any, prompt: str, text_length: int | None) -> list[str]:
         if rest:
             found[f"{type(tokenizer).__name__} takes {limit} tokens and leaves out {tokenizer.decode(rest)!r}"] = None
     return list(found)
+
+
+def _sampling(pipeline: Any) -> dict[str, Any]:
+    return {"scheduler": scheduler_of(pipeline), "adapters": adapters_of(pipeline)}
 
 
 def _versions() -> dict[str, str]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import socket
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from variegate.bench.grid import Cell, presets, read_grid
 from variegate.bench.prompts import PROMPT_SETS, SEEDS, prompt_set
+from variegate.cli import app
 from variegate.emoji.reference import Reference
 from variegate.request import METHODS, Request
 
@@ -35,6 +38,11 @@ name = "none"
 label = "lower guidance"
 guidance = [1, 2.5]
 """
+
+
+def few(text):
+    """The name of a test: pytest hands the whole of it on to the environment."""
+    return ascii(text[:40])
 
 
 def write(folder, text=GRID, name="grid.toml"):
@@ -162,7 +170,20 @@ def test_whether_it_is_judged_is_another_cell():
         ("steps = 5", "judge = true\nprompts_ = 1", "prompts_ is no key"),
         ("food", 'quarks"]\njudge = true\nnegative_prompt = ""\nneeds = ""\n#', "prompt='quarks' has no truth"),
         ("model =", "model", "is neither TOML nor JSON"),
+        ("steps = 5", "steps = nan", "steps=nan is not int"),
+        ("steps = 5", "format = 2", "has format 2, and this version of variegate reads format 1"),
+        ("guidance = [1, 2.5]", "guidance = [1, inf]", r"method\[1\].guidance\[1\]=inf is out of range"),
+        ("guidance = [1, 2.5]", "steps = [1.5]", r"method\[1\].steps\[0\]=1.5 is not int"),
+        ('label = "lower guidance"', "label = [1, 2]", r"method\[1\].label=\[1, 2\] is not str"),
+        ("blind = 0.8", "blind = 1979-05-27", r"method\[0\].blind=datetime.date\(1979, 5, 27\) is not"),
+        ("blind = 0.8", "blind = {}", r"method\[0\].blind={} is not"),
+        ("steps = 5", f"steps = {'[' * 10_000}", "is neither TOML nor JSON: it is nested too deeply"),
+        ("steps = 5", f"x{'.x' * 10_000} = 1", "line 7 has more than 2,000 dots"),
+        ("groups = 2", "groups = 1000000000", r"it has 14,000,000,000 cells .* more than 20,000 are made with --yes"),
+        ("blind = 0.8", "\n".join(f"p{i} = {[*range(10)]}" for i in range(10)), r"it has 160,000,000,012 cells"),
+        ("blind = 0.8", "\n".join(f"p{i} = [1, 2]" for i in range(10_000)), r"it has over 10\^15 cells"),
     ],
+    ids=few,
 )
 def test_bad_experiments_are_refused_in_one_sentence(tmp_path, old, new, sentence):
     assert GRID.count(old) == 1
@@ -170,6 +191,44 @@ def test_bad_experiments_are_refused_in_one_sentence(tmp_path, old, new, sentenc
     with pytest.raises(ValueError, match=sentence) as caught:
         read_grid(path)
     assert str(caught.value).startswith(str(path))
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("[" * 100_000, "is neither TOML nor JSON: it is nested too deeply"),
+        ('{"prompts": ' + "[" * 100_000, "is neither TOML nor JSON: it is nested too deeply"),
+        ('{"n": 2, "n": 3}', "is neither TOML nor JSON: 'n' is given twice"),
+        ('{"prompts": ["\\ud800"]}', r"prompts\[0\]='\\ud800' has a character that is none"),
+        ('{"prompts": [1, 2]}', r"prompts=\[1, 2\] holds something that is not text"),
+        ("[]", r"an experiment: \[\] is not table"),
+        (" " * (9 << 20), "can't be read: it is larger than 8 MiB"),
+        ("\udcff", "can't be read: it is not UTF-8 text"),
+    ],
+    ids=few,
+)
+def test_hostile_json_is_refused_in_one_sentence(tmp_path, text, sentence):
+    path = tmp_path / "grid.json"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=sentence):
+        read_grid(path)
+
+
+def test_a_pipe_is_no_grid(tmp_path):
+    os.mkfifo(tmp_path / "grid.toml")  # to open it would wait for ever
+    with pytest.raises(ValueError, match="can't be read: it is no file"):
+        read_grid(tmp_path / "grid.toml")
+
+
+def test_a_large_grid_takes_a_yes(tmp_path):
+    path = write(tmp_path, 'prompts = ["food"]\nn = 2\ngroups = 20001\n')
+    result = CliRunner().invoke(app, ["bench", "table", str(path)])
+    assert result.exit_code == 2
+    assert "it has 20,001 cells (1 prompts, groups=20,001," in result.stderr
+    result = CliRunner().invoke(app, ["bench", "table", str(path), "--yes"])
+    assert "has no records of the stock pipeline" in result.stderr
+    assert len(read_grid(write(tmp_path, 'prompts = ["food"]\nn = 2\ngroups = 20000\n')).settings[0].requests) == 20_000
 
 
 def test_a_missing_experiment_names_the_presets(tmp_path):
@@ -207,10 +266,23 @@ def test_prompt_files(tmp_path, name, text, prompts):
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("a.json", "{}"), ("a.json", "?"), ("a.json", "[]"), ("a.tsv", "Text\nhello"), ("a.tsv", "Prompt\n")],
+    [
+        ("a.json", "{}"),
+        ("a.json", "?"),
+        ("a.json", "[]"),
+        ("a.tsv", "Text\nhello"),
+        ("a.tsv", "Prompt\n"),
+        ("a.json", '{"annotations": [{"image_id": 1, "id": 1, "caption": 3}]}'),
+        ("a.json", "[" * 100_000),
+        ("a.tsv", "Note\tPrompt\nhello"),
+        ("a.tsv", "Prompt\n" + "x" * 200_000),
+        ("a.txt", "\0\ud800"),
+    ],
+    ids=few,
 )
 def test_prompt_files_of_another_kind(tmp_path, name, text):
-    path = write(tmp_path, text, name)
+    path = tmp_path / name
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(ValueError, match=f"prompts={str(path)!r}"):
         prompt_set(str(path))
 

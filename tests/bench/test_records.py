@@ -8,7 +8,8 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from variegate.bench.records import FORMAT, read, write
+from variegate.bench.records import read, write
+from variegate.schema import FORMAT
 
 
 def test_a_record_comes_back_as_it_was_written(cell, record, tmp_path):
@@ -52,6 +53,15 @@ def test_numbers_that_are_none_are_refused(cell, record, tmp_path):
         ({"settings": {"method": "none", "n": 3}}, "is damaged: it does not hold the record of its name"),
         ({"settings": {}}, "is damaged"),
         ({"colour": "red"}, "is damaged"),
+        ({"made": None}, r"does not hold the record of its name \(made=None is not table\); remove it and run again"),
+        ({"made": {}}, r"made.model is missing"),
+        ({"measures": {"vendi": "1.5"}}, r"measures.vendi='1.5' is not int or float"),
+        ({"measures": {"vendi": float("nan")}}, r"measures.vendi=nan is out of range"),
+        ({"verdicts": [["cat", "noto"]]}, r"verdicts\[0\]=\['cat', 'noto'\] is not list of 3"),
+        ({"hardware": []}, r"hardware=\[\] is not table"),
+        ({"seeds": [0, "1"]}, r"seeds\[1\]='1' is not int"),
+        ({"settings": {"method": ["none"]}}, r"settings.method=\['none'\] is not str"),
+        ({"format": "1"}, "has format '1', and this version"),
     ],
 )
 def test_a_record_that_is_another_is_refused_and_stays(cell, record, tmp_path, change, sentence):
@@ -63,8 +73,20 @@ def test_a_record_that_is_another_is_refused_and_stays(cell, record, tmp_path, c
     assert path.read_text() == text
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
+def test_a_record_without_a_format_is_that_of_the_first_version(cell, record, tmp_path):
+    path = write(tmp_path, record)
+    table = json.loads(path.read_text())
+    del table["format"]
+    path.write_text(json.dumps(table))
+    assert read(tmp_path, [cell])[cell.key].pixels == record.pixels
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", "[" * 100_000, '{"made": ' + "[" * 100_000, '{"pixels": "0", "pixels": "0"}', "\udcff"],
+    ids=lambda text: ascii(text[:40]),
+)
 def test_a_file_that_is_no_record_is_refused(cell, record, tmp_path, text):
-    write(tmp_path, record).write_text(text)
+    write(tmp_path, record).write_text(text, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(ValueError, match=r"is damaged: .*; remove it and run again"):
         read(tmp_path, [cell])

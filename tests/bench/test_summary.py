@@ -118,9 +118,10 @@ def test_measures_from_elsewhere(grid, folder):
     assert stock.values["reward"].mean == pytest.approx(3.5)
     assert cads.changes["reward"] == pytest.approx((8, 8, 8))
     assert all("reward" not in row.values for row in others)
-    (folder / "reward.csv").write_text("record,score\na,1\n")
-    with pytest.raises(ValueError, match=r"reward\.csv is no table of the columns record and value"):
-        summarise(grid, folder)
+    for text in ("record,score\na,1\n", "record,value\na,nan\n", f"record,value\n{'a' * 200_000},1\n"):
+        (folder / "reward.csv").write_text(text)
+        with pytest.raises(ValueError, match=r"reward\.csv is no table of the columns record and value"):
+            summarise(grid, folder)
 
 
 def test_no_records_of_the_stock_pipeline(grid, tmp_path):

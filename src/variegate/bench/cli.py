@@ -14,6 +14,7 @@ bench = typer.Typer(help="Compare methods on a grid of settings, prompts and see
 Source = Annotated[str, typer.Argument(metavar="GRID", help="A TOML or JSON file, or a preset.", show_default=False)]
 Prompts = Annotated[str | None, typer.Option(help="A set or file of prompts, in place of the grid's.")]
 Model = Annotated[str | None, typer.Option(help="A model, in place of the grid's.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Also if the grid has more than 20,000 cells.")]
 Results = Annotated[
     Path | None, typer.Option("--results", "-r", help="Folder of the records.", show_default="beside the grid")
 ]
@@ -25,18 +26,19 @@ def run(
     prompts: Prompts = None,
     model: Model = None,
     results: Results = None,
+    yes: Yes = False,
     workers: Annotated[int, typer.Option(help="Processes on this machine.")] = 1,
     ray: Annotated[str | None, typer.Option(metavar="ADDRESS", help="Ray cluster: an address, auto or local.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     offload: Annotated[str, typer.Option(help="none, model or sequential.")] = "none",
 ) -> None:
-    """Make the cells of a grid that have no record yet (exit code 1 if some can't be made)."""
+    """Make the cells of a grid that are not done yet, record and pictures (exit code 1 if some can't be made)."""
     with plain_errors():
         from variegate.bench.grid import read_grid
         from variegate.bench.running import run as make
         from variegate.bench.worker import Place
 
-        experiment = read_grid(grid, prompts=prompts, model=model)
+        experiment = read_grid(grid, prompts=prompts, model=model, yes=yes)
         folder = _folder(grid, results)
         with progress("cells", "cells") as report:
             outcome = make(experiment, folder, workers=workers, ray=ray, place=Place(device, offload), progress=report)
@@ -52,6 +54,7 @@ def table(
     prompts: Prompts = None,
     model: Model = None,
     results: Results = None,
+    yes: Yes = False,
     measure: Annotated[
         list[str] | None, typer.Option("--measure", "-m", help="A column; repeat for more.", show_default="all")
     ] = None,
@@ -61,7 +64,7 @@ def table(
         from variegate.bench.grid import read_grid
         from variegate.bench.summary import markdown, summarise
 
-        summary = summarise(read_grid(grid, prompts=prompts, model=model), _folder(grid, results))
+        summary = summarise(read_grid(grid, prompts=prompts, model=model, yes=yes), _folder(grid, results))
         text = markdown(summary, measure or list(summary.rows[0].values))
     typer.echo(text)
 
@@ -72,6 +75,7 @@ def plot(
     prompts: Prompts = None,
     model: Model = None,
     results: Results = None,
+    yes: Yes = False,
     diversity: Annotated[str, typer.Option(help="Measure of the vertical axis.")] = "vendi",
     against: Annotated[
         list[str] | None, typer.Option(help="A panel; repeat for more.", show_default="similarity, precision, seconds")
@@ -88,7 +92,7 @@ def plot(
         from variegate.bench.summary import summarise
 
         folder = _folder(grid, results)
-        summary = summarise(read_grid(grid, prompts=prompts, model=model), folder)
+        summary = summarise(read_grid(grid, prompts=prompts, model=model, yes=yes), folder)
         path = draw(
             summary, output or folder.with_name(f"{folder.name}.svg"), diversity=diversity, against=against or AGAINST
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -15,20 +14,23 @@ from typing import Any
 
 from variegate.bench.prompts import prompt_set
 from variegate.request import Request, to_text
+from variegate.schema import Schema, check, check_format, parse_json, parse_toml, read_text, short
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:  # tomli is installed on Python 3.10 alone, so the ignore below is of no use elsewhere
-    import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
+MOST_CELLS = 20_000  # that are listed without being asked for twice
 
-# Keys of an experiment that are its request's, and all others; with the types of their values.
-OF_REQUEST: Mapping[str, tuple[type, ...]] = {
-    "model": (str,), "revision": (str,), "n": (int,), "steps": (int,), "guidance": (int, float), "dtype": (str,),
-    "negative_prompt": (str,), "height": (int,), "width": (int,),
+# Keys of an experiment that are its request's, and all others.
+OF_REQUEST: Mapping[str, Schema] = {
+    "model?": str, "revision?": str, "n?": int, "steps?": int, "guidance?": float, "dtype?": str,
+    "negative_prompt?": str, "height?": int, "width?": int,
 }  # fmt: skip
-OF_GRID: Mapping[str, tuple[type, ...]] = {
-    "prompts": (str, list), "count": (int,), "groups": (int,), "seed": (int,), "judge": (bool,), "images": (bool,),
-    "needs": (str,), "method": (list,),
+VALUE = (str, bool, float, None)  # finite: a record can't hold infinity
+METHOD: Schema = {
+    "name?": str, "label?": str, "steps?": (int, [int]), "guidance?": (float, [float]), "seed?": (int, [int]),
+    ...: (*VALUE, [(*VALUE, [VALUE])]),
+}  # fmt: skip
+EXPERIMENT: Schema = {
+    **OF_REQUEST, "prompts?": (str, [VALUE]), "count?": int, "groups?": int, "seed?": int, "judge?": bool,
+    "images?": bool, "needs?": str, "format?": int, "method?": [METHOD],
 }  # fmt: skip
 # What a method's table may set besides its parameters.
 OF_METHOD = ("steps", "guidance", "seed")
@@ -138,16 +140,17 @@ def presets() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
-def read_grid(source: str | Path, *, prompts: str | None = None, model: str | None = None) -> Grid:
+def read_grid(source: str | Path, *, prompts: str | None = None, model: str | None = None, yes: bool = False) -> Grid:
     """Read an experiment.
 
     Args:
         source: name of a preset, or a TOML or JSON file: docs/benchmark.md tells its keys.
         prompts: in place of those it names; a file is looked for in the current folder.
         model: in place of the one it names.
+        yes: also if it has more than 20,000 cells. They are counted before any is listed.
 
     Raises:
-        ValueError: if it can't be read, or a key or value is unknown or out of its range.
+        ValueError: if it can't be read, a key or value is unknown or out of its range, or it has too many cells.
 
     Example:
         >>> import tempfile
@@ -166,26 +169,28 @@ def read_grid(source: str | Path, *, prompts: str | None = None, model: str | No
     """
     path = presets().get(str(source), Path(source))
     try:
-        text = path.read_text(encoding="utf-8")
-        table = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except OSError as error:
-        known = ", ".join(presets())
-        raise ValueError(f"{source} can't be read: {error.strerror}; use a TOML or JSON file, or {known}.") from error
+        text = read_text(path)
+    except (OSError, ValueError) as error:
+        reason, known = getattr(error, "strerror", None) or error, ", ".join(presets())
+        raise ValueError(f"{source} can't be read: {reason}; use a TOML or JSON file, or {known}.") from error
+    try:
+        table = parse_json(text) if path.suffix == ".json" else parse_toml(text)
     except ValueError as error:
         raise ValueError(f"{source} is neither TOML nor JSON: {error}.") from error
     try:
+        check(table, EXPERIMENT, kind="an experiment")
         if model is not None:
             table = {**table, "model": model}
         if prompts is not None:
-            return _grid(path, {**table, "prompts": prompts}, Path())
-        return _grid(path, table, path.parent)
+            return _grid(path, {**table, "prompts": prompts}, Path(), yes)
+        return _grid(path, table, path.parent, yes)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{source}: {error}") from error
 
 
-def _grid(path: Path, table: Any, folder: Path) -> Grid:
-    _check(table, {**OF_REQUEST, **OF_GRID})
-    given = {name: value for name, value in table.items() if name in OF_REQUEST}
+def _grid(path: Path, table: Any, folder: Path, yes: bool) -> Grid:
+    check_format(table, "it")
+    given = {name: value for name, value in table.items() if f"{name}?" in OF_REQUEST}
     groups, seed, n = table.get("groups", 1), table.get("seed", 0), table.get("n", 8)
     for name, value, least in (("groups", groups, 1), ("n", n, 2)):
         if value < least:
@@ -193,6 +198,12 @@ def _grid(path: Path, table: Any, folder: Path) -> Grid:
     if "prompts" not in table:
         raise ValueError(f"prompts are missing. {table.get('needs', 'Use the name of a set, a file or a list.')}")
     prompts = prompt_set(table["prompts"], count=table.get("count"), folder=folder)
+    cells = len(prompts) * groups * (1 + sum(map(_points, table.get("method", []))))
+    if cells > MOST_CELLS and not yes:
+        raise ValueError(
+            f"it has {f'{cells:,}' if cells < 10**15 else 'over 10^15'} cells ({len(prompts):,} prompts, "
+            f"groups={groups:,}, and every combination of the lists); more than {MOST_CELLS:,} are made with --yes."
+        )
 
     def setting(curve: str, point: str, **changes: Any) -> Setting:
         first = changes.pop("seed", seed)
@@ -216,10 +227,18 @@ def _grid(path: Path, table: Any, folder: Path) -> Grid:
     return Grid(path.stem, tuple(settings), groups, **options)
 
 
-def _sweep(method: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def _points(method: Mapping[str, Any]) -> int:
+    """How many combinations the lists of a method's table have; if they are beyond counting, some of them."""
+    points = 1
+    for value in method.values():
+        points *= len(value) if isinstance(value, list) and points < 10**15 else 1
+    return points
+
+
+def _sweep(method: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Curve, point and changes of the request for every combination of the lists in a method's table."""
-    if not isinstance(method, dict) or not isinstance(method.get("name"), str):
-        raise ValueError(f"method={method!r} has no name; every [[method]] needs one, such as name = 'cads'.")
+    if "name" not in method:
+        raise ValueError(f"method={short(method)} has no name; every [[method]] needs one, such as name = 'cads'.")
     rest = {key: value for key, value in method.items() if key not in ("name", "label")}
     swept = {key: value for key, value in rest.items() if isinstance(value, list)}
     fixed = {key: value for key, value in rest.items() if key not in swept}
@@ -238,13 +257,3 @@ def _sweep(method: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 def _pairs(values: Mapping[str, Any]) -> Sequence[str]:
     return [f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in values.items()]
-
-
-def _check(table: Any, known: Mapping[str, tuple[type, ...]]) -> None:
-    if not isinstance(table, dict):
-        raise ValueError(f"an experiment is a table with keys such as model and prompts, not {type(table).__name__}.")
-    for name, value in table.items():
-        if name not in known:
-            raise ValueError(f"{name} is no key of an experiment; use one of {', '.join(known)}.")
-        if type(value) not in known[name]:
-            raise ValueError(f"{name}={value!r} is not {' or '.join(kind.__name__ for kind in known[name])}.")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+
+from variegate.schema import check, parse_json, read_text, short
+
+MOST_BYTES = 256 << 20  # of a file: the captions of COCO's training pictures have 92 MB
 
 # Emoji prompts of tuning and of the report: none is in both, and neither is a seed of `SEEDS`.
 GENERIC_TUNING = (
@@ -63,19 +66,20 @@ def prompt_set(source: str | Sequence[str], *, count: int | None = None, folder:
     """
     if not isinstance(source, str):
         if not all(isinstance(prompt, str) for prompt in source):
-            raise ValueError(f"prompts={source!r} holds something that is not text.")
+            raise ValueError(f"prompts={short(source)} holds something that is not text.")
         found = source
     elif source in PROMPT_SETS:
         found = PROMPT_SETS[source]
     elif (read := _READERS.get(Path(source).suffix.lower())) is not None:
         try:
-            text = (folder / source).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            text = read_text(folder / source, MOST_BYTES)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise ValueError(f"prompts={source!r} can't be read: {reason}.") from error
         try:
             found = list(read(text))
-        except (ValueError, KeyError, TypeError) as error:
+            check(found, [str])
+        except (ValueError, KeyError, TypeError, csv.Error) as error:
             raise ValueError(
                 f"prompts={source!r} is not of its kind: .json are COCO captions with annotations of image_id, id and "
                 "caption, .tsv PartiPrompts with a column Prompt, .txt one prompt a line."
@@ -88,13 +92,13 @@ def prompt_set(source: str | Sequence[str], *, count: int | None = None, folder:
     prompts = tuple(dict.fromkeys(stripped for prompt in found if (stripped := prompt.strip())))
     if not prompts or (count is not None and not 0 < count <= len(prompts)):
         wanted = "one at least" if count is None else f"count={count!r}"
-        raise ValueError(f"prompts={source!r} has {len(prompts)} different prompts, where {wanted} is asked for.")
+        raise ValueError(f"prompts={short(source)} has {len(prompts)} different prompts, where {wanted} is asked for.")
     return prompts if count is None else tuple(random.Random(0).sample(prompts, count))
 
 
 def _coco(text: str) -> Iterable[str]:
     first: dict[int, str] = {}
-    for annotation in sorted(json.loads(text)["annotations"], key=lambda row: (row["image_id"], row["id"])):
+    for annotation in sorted(parse_json(text)["annotations"], key=lambda row: (row["image_id"], row["id"])):
         first.setdefault(annotation["image_id"], annotation["caption"])
     return first.values()
 

@@ -11,8 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from variegate.bench.grid import Cell, key_of
+from variegate.schema import FORMAT, Schema, check, check_format, parse_json, read_text
 
-FORMAT = 1
+RECORD: Schema = {
+    "format?": int,
+    "settings": {"method": str, ...: (str, bool, float, None, {...: (str, bool, float, None)})},
+    "made": {"model": str, "weights": str, "steps": int, "guidance": (float, None), "dtype": str},
+    "seeds": [int],
+    "pixels": str,
+    "measures": {...: float},
+    "verdicts": [[str, str, float]],
+    "versions": {...: str},
+    "hardware": {"processor": str, "device": str, "threads": int},
+    "warnings": [str],
+}
 
 
 @dataclass(frozen=True)
@@ -72,29 +84,32 @@ def read(folder: Path, cells: Iterable[Cell]) -> dict[str, Record]:
     """The records there are of some cells, by key.
 
     Raises:
-        ValueError: if one is of another format, or is no record of its name.
+        ValueError: if one is of another format, has keys or values that no record has, or is of another cell.
     """
     found = {}
     for cell in cells:
         path = folder / f"{cell.key}.json"
         try:
-            table = json.loads(path.read_text(encoding="utf-8"))
+            table = parse_json(read_text(path))
         except FileNotFoundError:
             continue
-        except ValueError:
-            table = None
-        if isinstance(table, dict) and table.get("format", FORMAT) != FORMAT:
-            raise ValueError(
-                f"{path} has format {table['format']!r}, and this version of variegate reads format {FORMAT}; "
-                "use the version that made it, or another folder."
-            )
+        except (OSError, ValueError) as error:
+            raise _damaged(path, getattr(error, "strerror", None) or error) from error
+        if isinstance(table, dict):
+            check_format(table, path)
         try:
-            del table["format"]
-            record = Record(**table)
-            intact = key_of(record.settings) == cell.key
-        except (TypeError, KeyError):
-            intact = False
-        if not intact:
-            raise ValueError(f"{path} is damaged: it does not hold the record of its name; remove it and run again.")
+            check(table, RECORD, kind="a record")
+        except ValueError as error:
+            raise _damaged(path, str(error).rstrip(".")) from error
+        table.pop("format", None)
+        record = Record(**table)
+        if key_of(record.settings) != cell.key:
+            raise _damaged(path, "its settings are others")
         found[cell.key] = record
     return found
+
+
+def _damaged(path: Path, reason: object) -> ValueError:
+    return ValueError(
+        f"{path} is damaged: it does not hold the record of its name ({reason}); remove it and run again."
+    )

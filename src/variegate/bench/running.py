@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from variegate.bench.grid import Cell, Grid
 from variegate.bench.records import Record, read, write
 from variegate.bench.worker import HERE, Failure, Made, Place, attempt
 from variegate.gallery import check_writable
 
+if TYPE_CHECKING:
+    from variegate.gallery import Gallery
+
 RETRIES = 3  # of a cell whose Ray worker dies
+OTHER_PICTURES = (
+    "its pictures came out different from those its record tells of, perhaps by other libraries or another machine; "
+    "they are not kept: remove the record to make both again"
+)
 
 Options = tuple[Place, bool]  # of `attempt`
 Results = Generator[tuple[Cell, Made | Failure], None, None]
@@ -30,9 +39,9 @@ class Outcome:
     """What a run did.
 
     Attributes:
-        before: cells that had a record.
-        made: records written.
-        failures: reason to the number of cells that have none because of it.
+        before: cells that were done: there is a record and, if pictures are kept, every picture.
+        made: cells that are done now.
+        failures: reason to the number of cells that are not because of it.
     """
 
     before: int
@@ -49,10 +58,11 @@ def run(
     place: Place = HERE,
     progress: Callable[[int, int], None] | None = None,
 ) -> Outcome:
-    """Make the cells of a grid that have no record yet.
+    """Make the cells of a grid that are not done yet.
 
-    Records are written by this process alone, each as soon as its cell is done: whenever it is ended, at most the
-    cells at work are lost. A cell that fails is left without a record, and the others go on.
+    Records are written by this process alone, each as soon as its cell is made, its pictures before it: whenever the
+    run is ended, at most the cells at work are lost. What a killed run left half-written is removed by the next one.
+    A cell that fails is left undone, and the others go on.
 
     Args:
         grid: the experiment.
@@ -64,8 +74,8 @@ def run(
 
     Raises:
         ValueError: if the model can't be loaded, the records there are don't belong to it, an optional package is
-            missing, or a worker process dies.
-        OSError: if a record can't be written.
+            missing, a worker process dies, or records are gone when the run ends.
+        OSError: if a record or a picture can't be written.
     """
     folder = Path(folder)
     check_writable(folder)
@@ -74,14 +84,14 @@ def run(
     cells = list(grid)
     records = read(folder, cells)
     weights = {record.made["weights"] for record in records.values()}
-    missing = [
-        cell
-        for cell in cells
-        if cell.key not in records or (grid.images and not (folder / "images" / cell.key).is_dir())
-    ]
+
+    def is_done(cell: Cell, is_recorded: bool) -> bool:
+        return is_recorded and (not grid.images or _has_pictures(folder / "images" / cell.key, cell.request.n))
+
+    missing = [cell for cell in cells if not is_done(cell, cell.key in records)]
     before = len(cells) - len(missing)
     failures: Counter[str] = Counter()
-    made = 0
+    made: list[Cell] = []
     folder.mkdir(parents=True, exist_ok=True)
     if progress is not None:
         progress(before, len(cells))
@@ -93,7 +103,7 @@ def run(
         results = ((cell, attempt(cell, *options)) for cell in missing)
     else:
         results = _in_processes(missing, options, workers)
-    with closing(results):
+    with closing(results), _tidied(folder):
         for cell, result in results:
             if isinstance(result, Failure):
                 if result.fatal:
@@ -101,13 +111,76 @@ def run(
                 failures[result.reason] += 1
             else:
                 _check_weights(weights, result.record, folder)
-                if result.gallery is not None:
-                    result.gallery.save(folder / "images" / cell.key, overwrite=True)
-                write(folder, result.record)
-                made += 1
+                before_it = records.get(cell.key)
+                if before_it is not None and before_it.pixels != result.record.pixels:
+                    failures[OTHER_PICTURES] += 1
+                else:
+                    try:
+                        if result.gallery is not None:
+                            _keep(result.gallery, folder / "images", cell.key)
+                        write(folder, result.record)
+                    except FileNotFoundError as error:
+                        raise _gone(folder) from error
+                    made.append(cell)
             if progress is not None:
-                progress(before + made + failures.total(), len(cells))
-    return Outcome(before, made, failures)
+                progress(before + len(made) + failures.total(), len(cells))
+    if not all(is_done(cell, (folder / f"{cell.key}.json").is_file()) for cell in made):
+        raise _gone(folder)
+    return Outcome(before, len(made), failures)
+
+
+def _has_pictures(folder: Path, n: int) -> bool:
+    """Whether a gallery is there with all pictures: `run.json` is the file that it writes last."""
+    return (folder / "run.json").is_file() and sum(1 for _ in folder.glob("*.png")) > n  # and the sheet
+
+
+def _keep(gallery: Gallery, folder: Path, name: str) -> None:
+    """Save a gallery as a folder that is there whole or not at all."""
+    folder.mkdir(exist_ok=True)  # not its parents: a results folder that was removed is not made again
+    temporary = Path(tempfile.mkdtemp(prefix=f".{name}-", suffix=".tmp", dir=folder))
+    try:
+        gallery.save(temporary)
+        temporary.chmod(0o755)
+        if (folder / name).exists():
+            shutil.rmtree(folder / name)  # half of it, of a version that wrote file by file
+        temporary.rename(folder / name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _tidied(folder: Path) -> Iterator[None]:
+    """Without what killed runs left half-written, which is removed where it is certain that no other run is at work."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such locks
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # another is at work, or the disk has no locks
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _tidy(folder)
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_SH)  # until the run ends, however it does
+        yield
+    finally:
+        os.close(handle)
+
+
+def _tidy(folder: Path) -> None:
+    pictures = folder / "images"
+    for place in (folder, pictures, *pictures.glob("*")):
+        for pattern in (".variegate-*", ".*.tmp"):
+            for path in place.glob(pattern):
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+
+
+def _gone(folder: Path) -> ValueError:
+    return ValueError(f"{folder} was removed, or records in it, while the run was at work; run again.")
 
 
 def _check_weights(weights: set[str], record: Record, folder: Path) -> None:

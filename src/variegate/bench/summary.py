@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,8 +142,11 @@ def _foreign(folder: Path) -> Iterator[tuple[str, str, float]]:
     for path in sorted(folder.glob("*.csv")):
         with path.open(encoding="utf-8", newline="") as file:
             try:
-                yield from ((path.stem, row["record"], float(row["value"])) for row in csv.DictReader(file))
-            except (KeyError, TypeError, ValueError) as error:
+                for row in csv.DictReader(file):
+                    if not math.isfinite(value := float(row["value"])):
+                        raise ValueError(f"{value} is not finite")
+                    yield path.stem, row["record"], value
+            except (KeyError, TypeError, ValueError, csv.Error) as error:
                 raise ValueError(f"{path} is no table of the columns record and value (a number): {error}.") from error
 
 

@@ -17,6 +17,7 @@ from typing import Any
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 OFFLOADS = ("none", "model", "sequential")
+HUB_ID = r"\w[\w.-]*/\w[\w.-]*"  # owner/name
 LICENCES = "MIT, Apache-2.0 and CC-BY-4.0"  # of the artwork behind the bundled models
 
 # What a bundled model was made for: arguments of its pipeline's call.
@@ -150,7 +151,7 @@ def locate(model: str | Path, revision: str | None = None) -> Checkpoint:
             raise ValueError(f"model={name!r} is a folder without model_index.json, so not a diffusers pipeline.")
         return Checkpoint(on_disk.resolve().name, on_disk)
     choices = f"a bundled model ({', '.join(bundled)}), a folder"
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not re.fullmatch(HUB_ID, name):
         raise ValueError(f"model={name!r} is unknown; use {choices}, or a hub id such as owner/name.")
     from diffusers import DiffusionPipeline
     from huggingface_hub.errors import HfHubHTTPError
