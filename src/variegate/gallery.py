@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from variegate.folder import RECORD, SHEET, check_free, replacing_gallery
+from variegate.pictures import inspect
 from variegate.recipes import parse_recipe
 
 METADATA_KEY = "variegate"
@@ -211,18 +212,8 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         NoRecipeError: if it has none of ours.
         ValueError: if the file is no picture, or has a recipe that is damaged or of a newer format.
     """
-    if Path(path).exists() and not Path(path).is_file():
-        raise ValueError(f"{path} can't be read as a picture: it is no file.")  # a pipe would wait for ever
-    try:
-        # Only the formats that write recipes or that people take for such pictures: of others some run programs.
-        with Image.open(path, formats=("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM")) as image:
-            text = image.info.get(METADATA_KEY) if image.format == "PNG" else None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or ("unknown format" if isinstance(error, OSError) else error)
-        raise ValueError(f"{path} can't be read as a picture: {reason}.") from error
-    except ValueError:  # a text that is too large to be unpacked
-        text = None
-    recipe = parse_recipe(text, path) if isinstance(text, str) else None
+    text = inspect(path).texts.get(METADATA_KEY)
+    recipe = None if text is None else parse_recipe(text, path)
     if recipe is None:
         raise NoRecipeError(
             f"{path} has no variegate recipe in its metadata; use a PNG as `variegate generate` wrote it."

@@ -13,7 +13,6 @@ import torch
 from cases import (
     CROSSING,
     EDITS_IN_GRAPHS,
-    IMAGE,
     STRONG,
     bare,
     close,
@@ -28,6 +27,7 @@ from cases import run as run_pipeline
 from denoisers import CALLS, ROWS
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from tiny import Recorder
 from variegate import CADS, attach, compiled
 
 BUILD = bare("WanTransformer3DModel")
@@ -71,9 +71,7 @@ def test_blocks_share_a_graph(graphs):
 def test_the_second_of_two_attachments_outlives_the_first():
     pipe, other, expected = BUILD(), compiled_in_place(BUILD()), images(CROSSING)
     run_bare(other)
-    first = attach(pipe.transformer, IMAGE)
-    with pytest.warns(UserWarning, match="attached to this WanTransformer3DModel already"):
-        attach(pipe.transformer, CROSSING)
+    first, _ = attach(pipe.transformer, Recorder(site="cross_attention")), attach(pipe.transformer, CROSSING)
     first.remove()
     assert close(run_bare(compiled_in_place(pipe)), expected)
 
