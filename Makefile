@@ -3,7 +3,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test matrix results lint bench clean
+.PHONY: demo test fuzz matrix results lint bench clean
 
 # torch first, by its pinned version: an unpinned torch pulls gigabytes of CUDA packages.
 .venv/.installed: pyproject.toml constraints.txt
@@ -17,6 +17,10 @@ demo: .venv/.installed  ## Eight different pictures of each of two prompts besid
 
 test: .venv/.installed lint  ## Everything continuous integration runs.
 	$(BIN)/python -m pytest
+
+fuzz: .venv/.installed  ## The fuzzers with new seeds; the seed of one that failed repeats it.
+	VARIEGATE_FUZZ_SEED=$${VARIEGATE_FUZZ_SEED:-$$(date +%s)} VARIEGATE_FUZZ_COUNT=$${VARIEGATE_FUZZ_COUNT:-3000} \
+		sh -c 'echo "VARIEGATE_FUZZ_SEED=$$VARIEGATE_FUZZ_SEED"; $(BIN)/python -m pytest tests/fuzz'
 
 matrix: .venv/.installed  ## Every architecture and pipeline against the installed diffusers; writes two pages of docs.
 	PYTHONPATH=tests/architectures $(BIN)/python tests/architectures/matrix.py
