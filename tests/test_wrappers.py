@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import distributed
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from pipelines import stable_diffusion
 from tiny import run, tiny_sd3
 from variegate import ContextualRepulsion, attach
 from variegate.architectures.layout import unwrapped
@@ -68,3 +69,6 @@ def test_the_call_of_a_wrapped_denoiser_is_captured():
     assert check_layout(pipe.transformer, capture_call(pipe, "a cat", max_sequence_length=16)).passed
     with attach(pipe, STRONG):
         assert torch.allclose(run(pipe), expected)
+    pipe = stable_diffusion().pipe  # which gives some arguments by place
+    pipe.unet = with_lora(pipe.unet)
+    assert check_layout(pipe.unet, capture_call(pipe, "a cat", height=16, width=16)).passed

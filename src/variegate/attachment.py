@@ -32,7 +32,7 @@ def attach(
     """Let interventions act on every generation of a stock pipeline until they are removed.
 
     Args:
-        target: a diffusers pipeline, or a bare denoiser such as its transformer; compiled ones too, see
+        target: a diffusers pipeline, or a bare denoiser such as its transformer; compiled or wrapped ones too, see
             docs/compatibility.md.
         interventions: act in this order where they meet at the same place.
         groups: a label per image of the batch, prompt by prompt; images with equal labels are pushed apart. None:

@@ -32,6 +32,30 @@ Not tested:
 | what | why |
 |---|---|
 """
+END = """
+Wrappers: `torch.compile(...)`, peft's `get_peft_model(...)` and `DistributedDataParallel(...)` of a denoiser are
+attached to and checked as the denoiser itself.
+
+Caches: the previews of CNO and the second run of a block in Feature Self-Guidance go around diffusers' caches and leave
+them as they were.
+
+## Gradients
+
+A loss can be taken through an attached denoiser.
+
+- Contextual repulsion and Feature Self-Guidance pass gradients through the product W C with W held constant, which is
+  not the derivative of the whole edit.
+- CADS, DAVE, interval guidance, particle guidance, pink noise, seed variance, SPARKE, SPELL and STRIDE have those of
+  their equations; their random numbers, and images that are remembered of earlier calls, are constants.
+- DiverseFlow and CNO, which follow gradients themselves, are refused while gradients are being recorded through them,
+  and so is a method of your own whose result has lost them. Inside a compiled denoiser, those at work on tokens are
+  refused too.
+- Gradient checkpointing: blocks that run again in the backward pass are edited as in the step they belong to, after the
+  `with` block, too. A checkpoint that is not the denoiser's own `enable_gradient_checkpointing()`, such as one around
+  all of it, is refused in the backward pass.
+
+Under `torch.no_grad()`, as in a pipeline's call, nothing is refused.
+"""
 
 
 def page() -> str:
@@ -42,7 +66,7 @@ def page() -> str:
         cells = " | ".join(cell for cell, _ in outcomes)
         notes = ". ".join(dict.fromkeys(note.rstrip(".") for _, note in outcomes))
         rows += f"| {case.what} | {cells} | {notes} |\n"
-    return HEAD + rows + TAIL + "".join(f"| {what} | {why} |\n" for what, why in UNTESTED.items())
+    return HEAD + rows + TAIL + "".join(f"| {what} | {why} |\n" for what, why in UNTESTED.items()) + END
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class CNO(PreviewIntervention):
 
     Raises:
         ValueError: if a value is out of its range; at the first step, if the denoiser is not given the pipeline's
-            latents as they are, or the pipeline is called in inference mode.
+            latents as they are, the pipeline is called in inference mode, or gradients are recorded through its noise.
 
     Reference:
         arXiv 2510.03813, temperature as there. Not verified: the form of its loss beyond "InfoNCE on predicted

@@ -101,7 +101,7 @@ class ContextualRepulsion(TokenIntervention):
         return self if self.eta is not None else replace(self, strength=self.strength / count)
 
     def edit(self, tokens: Tensor) -> Tensor:
-        """Take the inner steps; see `TokenIntervention.edit`."""
+        """Take the inner steps; see `TokenIntervention.edit`. Gradients pass with W held constant; see `gram_flow`."""
         if self.tokens is None:
             return self._flow(tokens)
         chosen = self.tokens if isinstance(self.tokens, slice) else list(self.tokens)

@@ -35,7 +35,8 @@ class DiverseFlow(PredictionIntervention):
         branch: guidance branches that get the push, which is that of the prompt's own.
 
     Raises:
-        ValueError: if a value is out of its range, or `features` is no function or not differentiable.
+        ValueError: if a value is out of its range, or `features` is no function or not differentiable; at the first
+            step, if gradients are being recorded, which its own would have to be taken of.
 
     Reference:
         arXiv 2504.07894. *Deviation*: the printed sign lets LL fall; the paper's factor gamma(t) and its default h
