@@ -165,9 +165,9 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     if Path(path).exists() and not Path(path).is_file():
         raise ValueError(f"{path} can't be read as a picture: it is no file.")  # a pipe would wait for ever
     try:
-        # Only the formats that write recipes or that people take for such pictures: of others some run programs.
+        # Those that people have pictures in. Others can hold our key, too, and opening some of them runs programs.
         with Image.open(path, formats=("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM")) as image:
-            text = image.info.get(METADATA_KEY) if image.format == "PNG" else None
+            text = image.info.get(METADATA_KEY)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         reason = getattr(error, "strerror", None) or ("unknown format" if isinstance(error, OSError) else error)
         raise ValueError(f"{path} can't be read as a picture: {reason}.") from error
