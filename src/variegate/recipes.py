@@ -11,7 +11,7 @@ from typing import Any
 
 from variegate.emoji.models import HUB_ID, bundled_models, call_defaults, locate
 from variegate.request import Request
-from variegate.schema import NAME, SCALAR, Schema, check, check_format, parse_json, read_text, short
+from variegate.schema import NAME, SCALAR, Schema, brief, check, check_format, parse_json, read_text, short
 
 RECIPE: Schema = {
     "format?": int,
@@ -102,13 +102,13 @@ def request_of(
         if not 0 <= recipe["index"] < request.n:
             raise ValueError(f"index={recipe['index']} is none of n={request.n} pictures.")
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{source} has a recipe that can't be followed: {error}") from error
+        raise ValueError(f"{source} has a recipe that can't be followed: {brief(error)}") from error
     return request
 
 
 def _check_model(recipe: Mapping[str, Any], source: object, trust: bool) -> None:
     name = recipe["model"]
-    if name in bundled_models():
+    if name in bundled_models() and recipe["revision"] is None:
         return
     if not re.fullmatch(HUB_ID, name) or os.path.exists(name):
         raise ValueError(

@@ -165,6 +165,12 @@ def short(value: object) -> str:
         return f"a huge {type(value).__name__}"
 
 
+def brief(error: Exception) -> str:
+    """What an error says, without the middle where it quotes a value at length."""
+    text = str(error)
+    return text if len(text) <= 500 else f"{text[:300]} ... {text[-200:]}"
+
+
 def _described(schema: Schema) -> str:
     if isinstance(schema, tuple):
         return " or ".join(map(_described, schema))

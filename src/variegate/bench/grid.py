@@ -14,7 +14,7 @@ from typing import Any
 
 from variegate.bench.prompts import prompt_set
 from variegate.request import Request, to_text
-from variegate.schema import Schema, check, check_format, parse_json, parse_toml, read_text, short
+from variegate.schema import Schema, brief, check, check_format, parse_json, parse_toml, read_text, short
 
 MOST_CELLS = 20_000  # that are listed without being asked for twice
 
@@ -185,7 +185,7 @@ def read_grid(source: str | Path, *, prompts: str | None = None, model: str | No
             return _grid(path, {**table, "prompts": prompts}, Path(), yes)
         return _grid(path, table, path.parent, yes)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{source}: {error}") from error
+        raise ValueError(f"{source}: {brief(error)}") from error
 
 
 def _grid(path: Path, table: Any, folder: Path, yes: bool) -> Grid:
