@@ -640,6 +640,7 @@ CASES = (
 UNTESTED = {
     "CUDA graphs": "no GPU; the edit's operator is tagged `cudagraph_unsafe`, so that graphs are cut around it",
     "the inductor backend": "a minute of C++ compilation; tried by hand with torch 2.13: the same, in both orders",
+    "options of `torch.compile` that skip guards": "guards tell a graph made without hooks from one with them",
     "offloading to an accelerator": "no GPU; the same hooks run above with the CPU as the device",
     "bitsandbytes, GGUF": "need a GPU, or a checkpoint in that format; they change linear layers only",
     "`SeaCacheConfig`": "needs a pipeline that tells `cache_context` its step",

@@ -14,7 +14,8 @@ HEAD = """# Compatibility
 
 What people do to pipelines, done to tiny pipelines of the real classes before and after `attach` by
 `tests/compatibility`, which also writes this page. Nothing is left of an attachment after its `with` block, whatever
-was done before, between or during.
+was done before, between or during. Where something is compiled, another pipeline of the class has been compiled and run
+before, and runs again during the attachment: its images stay as they were.
 
 - **same**: the images are those of the untouched pipeline with the same attachment, within 1e-3; after detaching, those
   of the stock pipeline.
