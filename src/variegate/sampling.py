@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 UNTOLD = "not told"
@@ -110,20 +110,23 @@ def seeded(pipeline: Any, seeds: Sequence[int]) -> Iterator[None]:
     """
     import torch
 
-    device: Any = getattr(pipeline, "_execution_device", pipeline.device)
-    module = None if device.type in ("cpu", "meta") else torch.get_device_module(device)
+    device: Any = getattr(pipeline, "_execution_device", None) or pipeline.device
+    module: Any = None if device.type in ("cpu", "meta") else torch.get_device_module(device)
+    # Of several devices of a kind, that of the pipeline; a kind without several has nothing to choose.
+    there = nullcontext() if not hasattr(module, "device") else module.device(device.index)
     text = f"steps of {list(seeds)}"
     seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
-    before, before_there = torch.get_rng_state(), None if module is None else module.get_rng_state()
-    try:
-        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would seed devices that are not restored
-        if module is not None:
-            module.manual_seed(seed)
-        yield
-    finally:
-        torch.set_rng_state(before)
-        if module is not None:
-            module.set_rng_state(before_there)
+    with there:
+        before, before_there = torch.get_rng_state(), None if module is None else module.get_rng_state()
+        try:
+            torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would seed devices that are not restored
+            if module is not None:
+                module.manual_seed(seed)
+            yield
+        finally:
+            torch.set_rng_state(before)
+            if module is not None:
+                module.set_rng_state(before_there)
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
