@@ -274,7 +274,7 @@ def test_pictures_without_a_recipe(tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     for name, sentence in (
         ("plain.png", "has no variegate recipe in its metadata"),
-        ("text.png", "can't be read as a picture: unknown format."),
+        ("text.png", "can't be read as a picture: it is none of PNG, JPEG, WEBP, TIFF, BMP, GIF, AVIF, PPM."),
         ("missing.png", "can't be read as a picture: No such file or directory."),
     ):
         result = run("replay", tmp_path / name)

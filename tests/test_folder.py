@@ -15,7 +15,10 @@ from PIL import Image
 
 from variegate.gallery import Gallery, Group, Row, check_output, read_recipe
 
-SETTINGS = {"n": 3, "seed": 0, "model": "m", "steps": 1, "guidance": None, "negative_prompt": None}
+SETTINGS = {
+    "n": 3, "seed": 0, "model": "m", "revision": None, "steps": 1, "guidance": None, "negative_prompt": None,
+    "height": None, "width": None, "dtype": "float32", "device": "cpu", "offload": "none", "versions": {},
+}  # fmt: skip
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir", "tempfile.mkdtemp"}
 
 

@@ -187,7 +187,7 @@ def test_a_pipe_is_no_picture(tmp_path):
 
 def test_a_program_for_a_printer_is_never_opened(tmp_path):
     (tmp_path / "a.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n")
-    assert "can't be read as a picture: unknown format" in refused(tmp_path / "a.png")
+    assert "can't be read as a picture: it is none of PNG" in refused(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize(
