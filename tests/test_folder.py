@@ -74,9 +74,10 @@ def test_what_is_of_no_gallery_is_left_alone(tmp_path, name, overwrite):
 def test_a_record_from_elsewhere_reaches_no_other_folder(tmp_path):
     (tmp_path / "mine.png").touch()
     folder = tmp_path / "out"
-    OLD.save(folder)
+    pictures = [path.name for path in OLD.save(folder)[:-2]]
+    (folder / "notes.txt").touch()
     for name in ("../mine.png", str(tmp_path / "mine.png"), "notes.txt", 3, None):
-        record = {"groups": [{"rows": [{"files": [name]}]}]}
+        record = {"groups": [{"rows": [{"files": [*pictures, name]}]}]}
         (folder / "run.json").write_text(json.dumps(record))
         with pytest.raises(ValueError, match="which is of no gallery there"):
             NEW.save(folder, overwrite=True)
@@ -84,6 +85,7 @@ def test_a_record_from_elsewhere_reaches_no_other_folder(tmp_path):
     with pytest.raises(ValueError, match="which is of no gallery there"):
         NEW.save(folder, overwrite=True)
     assert (tmp_path / "mine.png").exists()
+    assert (folder / "notes.txt").exists()
 
 
 def killed_at(event, work):

@@ -8,6 +8,7 @@ import math
 import warnings
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
@@ -207,6 +208,10 @@ def test_numbers_of_numpy_are_made_and_saved(tmp_path):
     recipe = read_recipe(files[2])
     assert (recipe["n"], recipe["seeds"], recipe["guidance"]) == (2, [5, 6], 3.0)
     assert (recipe["parameters"]["strength"], recipe["parameters"]["blocks"]) == (0.5, "0,1")
+
+
+def test_a_model_may_be_a_path():
+    assert Request(("a cat",), model=Path("models") / "mine").model == str(Path("models") / "mine")
 
 
 # The strongest settings there are.
