@@ -87,10 +87,8 @@ def stand_in() -> None:
 
 def outcomes(checkout: Path, folders: list[str], calls: Path | None) -> dict[str, str]:
     """Test to "passed", "failed" or "skipped"."""
-    environment = os.environ | {
-        "PYTHONPATH": f"{checkout / 'src'}:{Path(__file__).parent}",
-        "DIFFUSERS_TEST_DEVICE": "cpu",
-    }
+    path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": path}
     environment |= {ATTACHED: str(calls)} if calls else {}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
