@@ -424,7 +424,7 @@ def test_seeds_of_ones_own_for_any_method(pipe):
     assert [image.tobytes() for image in images] == [image.tobytes() for image in row.images]
     for seeds, sentence in (
         ((1, 2), "do not fit n=3; use one number per picture"),
-        ((1, 2, -3), "holds -3; use a list of integers from 0 to"),
+        ((1, 2, -3), "holds -3, which is out of range; use a list of integers from 0 to"),
         ((1, 2, 1), "hold one twice"),
     ):
         with pytest.raises(ValueError, match=rf"seeds=\({', '.join(map(str, seeds))}\) {sentence}"):

@@ -244,8 +244,8 @@ def _items(value: Any, item: Any, bounds: Range) -> tuple[Any, ...]:
     for one in value:
         try:
             found.append(_fit(one, item, bounds))
-        except _Flaw:
-            raise _Flaw(f"holds {shown(one)}") from None
+        except _Flaw as flaw:
+            raise _Flaw(f"holds {shown(one)}, which {flaw}") from None
     return tuple(found)
 
 
