@@ -29,9 +29,10 @@ before, and runs again during the attachment: its images stay as they were.
 """
 TAIL = """
 diffusers' own fast pipeline tests, with an attachment of strength 0 around every call
-(`DIFFUSERS_CHECKOUT=... python tests/compatibility/diffusers_suite.py`, on diffusers 0.40.0.dev0 at 58eb52c0: Stable Diffusion 3
-and its image-to-image and inpainting pipelines, Flux and its image-to-image pipeline, Qwen-Image): 179 of 277 pass plain, the
-same 179 attached, in 278 attached calls. The others are skipped, or expect numbers of tokenizers from the hub.
+(`DIFFUSERS_CHECKOUT=... python tests/compatibility/diffusers_suite.py`, on diffusers 0.40.0.dev0 at 58eb52c0: Stable
+Diffusion 3 and its image-to-image and inpainting pipelines, Flux and its image-to-image pipeline, Qwen-Image): 179 of
+277 pass plain, the same 179 attached, in 278 attached calls. The others are skipped, or expect numbers of tokenizers
+from the hub.
 
 Not tested:
 
