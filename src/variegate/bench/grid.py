@@ -242,8 +242,6 @@ def _sweep(method: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]
     rest = {key: value for key, value in method.items() if key not in ("name", "label")}
     swept = {key: value for key, value in rest.items() if isinstance(value, list)}
     fixed = {key: value for key, value in rest.items() if key not in swept}
-    if not isinstance(method.get("label", ""), str):
-        raise ValueError(f"label={method['label']!r} of {method['name']} is no text; use one such as 'strong'.")
     curve = method.get("label") or " ".join([method["name"], *_pairs(fixed)])
     for key, value in swept.items():
         if not value:
